@@ -1,0 +1,147 @@
+"""Structs shared by host and device, declared once: `header()` is the C++ text, `dtype(...)` the numpy packer.
+
+Every field is a little-endian 32- or 64-bit integer at its natural alignment. The generated header carries
+static_asserts on sizes and offsets, so that a drifted declaration does not compile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+VERSION = 1
+
+EVENT_STRIDE = 32
+"""u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
+
+CONTROL_EPOCH, CONTROL_DONE, CONTROL_ABORT, CONTROL_EVENTS = 0, 32, 64, 96
+"""Word offsets in the control block: launches completed, workers done (monotonic), abort flag, first counter."""
+
+MAX_OPERANDS = 32
+"""Buffers one task body may refer to."""
+
+MAX_WAITS = 16
+"""Events one task may wait for."""
+
+MAX_BINDINGS = 3900
+"""Pointers a launch can carry: kernel parameters are limited to 32,764 bytes."""
+
+
+@dataclass(frozen=True)
+class Struct:
+    """name, and (field, type, count) with type one of u32, i32, u64."""
+
+    name: str
+    fields: tuple[tuple[str, str, int], ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        code = {"u32": "<u4", "i32": "<i4", "u64": "<u8"}
+        return np.dtype(
+            [(f, code[t]) if n == 1 else (f, code[t], (n,)) for f, t, n in self.fields], align=True
+        )
+
+
+TASK = Struct(
+    "Task",
+    (
+        ("op", "u32", 1),  # index of the body in Program.kinds
+        ("id", "u32", 1),  # task id, for faults and the timeline
+        ("operands", "u32", 1),  # first entry in the operand table
+        ("operand_count", "u32", 1),
+        ("waits", "u32", 1),  # first entry in the wait table
+        ("wait_count", "u32", 1),
+        ("signals", "u32", 1),  # first entry in the signal table
+        ("signal_count", "u32", 1),
+        ("arg", "i32", 8),  # meaning by operator
+    ),
+)
+WAIT = Struct("Wait", (("slot", "u32", 1), ("count", "u32", 1)))
+SEGMENT = Struct("Segment", (("part", "u32", 1), ("row", "u32", 1), ("rows", "u32", 1), ("pad", "u32", 1)))
+RUN = Struct(
+    "Run",  # a sequence of bulk copies of the loader, see ring.cuh
+    (
+        ("base0", "u64", 1),  # reference, like an entry of the operand table
+        ("base1", "u64", 1),  # second joint weight, or NO_REF
+        ("rows", "u32", 1),
+        ("row_bytes", "u32", 1),
+        ("op", "u32", 1),  # index of the geometry in the generated table
+        ("pad", "u32", 1),
+    ),
+)
+QUEUE = Struct("Queue", (("task", "u32", 1), ("task_count", "u32", 1), ("run", "u32", 1), ("run_count", "u32", 1)))
+SIGNAL = Struct("Signal", (("slot", "u32", 1),))
+OPERAND = Struct("Operand", (("ref", "u64", 1),))
+
+ARENA_REF = 1 << 63
+"""Bit of a reference that says: byte offset into the arena. Otherwise bits 40..62 are a binding, 0..39 an offset."""
+
+NO_REF = (1 << 64) - 1
+
+TABLES: tuple[tuple[str, Struct], ...] = (
+    ("queues", QUEUE),
+    ("tasks", TASK),
+    ("waits", WAIT),
+    ("signals", SIGNAL),
+    ("operands", OPERAND),
+    ("segments", SEGMENT),
+    ("runs", RUN),
+)
+"""Program.tables holds exactly these, and Launch.tables their device addresses in this order."""
+
+LAUNCH_FIXED = Struct(
+    "LaunchFixed",
+    (
+        ("tables", "u64", len(TABLES)),
+        ("arena", "u64", 1),  # device address of the scratch arena
+        ("control", "u64", 1),  # device address of the control block, zeroed once, never reset
+        ("fault", "u64", 1),  # device-visible address of the fault record in pinned host memory
+        ("profile", "u64", 1),  # device address of the profile records, 0 when off
+        ("timeout_ns", "u64", 1),  # bound of every wait
+        ("flight", "u32", 1),  # ring slots a loader may have in flight
+        ("flight_waiting", "u32", 1),  # the same while its worker waits for an event
+    ),
+)
+"""The kernel's one parameter is `struct Launch { LaunchFixed; u64 pointers[BINDINGS]; }`: this, then 8 bytes for
+each of Program.bindings (device addresses)."""
+
+FAULT = Struct(
+    "Fault",
+    (
+        ("state", "u32", 1),  # 0: none, 1: claimed, 2: written
+        ("kind", "u32", 1),  # 0: event wait, 1: ring slot never filled, 2: ring slot never released
+        ("worker", "u32", 1),
+        ("task", "u32", 1),  # task id
+        ("slot", "u32", 1),  # event slot, or ring slot
+        ("needed", "u32", 1),
+        ("seen", "u32", 1),
+        ("epoch", "u32", 1),
+    ),
+)
+
+STRUCTS = (TASK, WAIT, SIGNAL, OPERAND, SEGMENT, RUN, QUEUE, LAUNCH_FIXED, FAULT)
+KERNEL_NAME = "mpk_main"
+
+
+def control_bytes(slots: int) -> int:
+    """Size of the control block for that many event slots. Zero it once."""
+    return 4 * (CONTROL_EVENTS + EVENT_STRIDE * max(slots, 1))
+
+
+def header() -> str:
+    """C++ declarations of everything above, as the text of mpk/abi.h."""
+    lines = ["// Generated from mpk_dynamo/abi.py. Do not edit.", "#pragma once", "namespace mpk {"]
+    lines += ["using u32 = unsigned int; using i32 = int; using u64 = unsigned long long;"]
+    for name in ("VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS MAX_OPERANDS MAX_WAITS").split():
+        lines.append(f"constexpr u32 {name} = {globals()[name]};")
+    lines += [f"constexpr u64 ARENA_REF = {ARENA_REF}ull;", f"constexpr u64 NO_REF = {NO_REF}ull;"]
+    lines += [f"constexpr u32 TABLE_{name.upper()} = {i};" for i, (name, _) in enumerate(TABLES)]
+    for s in STRUCTS:
+        body = " ".join(f"{t} {f}{f'[{n}]' if n > 1 else ''};" for f, t, n in s.fields)
+        lines.append(f"struct {s.name} {{ {body} }};")
+        lines.append(f'static_assert(sizeof({s.name}) == {s.dtype.itemsize}, "{s.name}: size");')
+        for f, _, _ in s.fields:
+            offset = s.dtype.fields[f][1]  # type: ignore[index]
+            lines.append(f'static_assert(__builtin_offsetof({s.name}, {f}) == {offset}, "{s.name}.{f}");')
+    return "\n".join([*lines, "}  // namespace mpk", ""])

@@ -1,0 +1,48 @@
+"""Every exception of the project. Each names the cause, the place in the model, and the next step."""
+
+from __future__ import annotations
+
+
+class MpkError(Exception):
+    """Base class. `origin` is a place in the user's model (module path, source line) when one is known."""
+
+    def __init__(self, message: str, *, origin: str = "", remedy: str = "") -> None:
+        self.message, self.origin, self.remedy = message, origin, remedy
+        parts = [message]
+        if origin:
+            parts.append(f"at {origin}")
+        if remedy:
+            parts.append(f"-> {remedy}")
+        super().__init__(" ".join(parts))
+
+
+class Unsupported(MpkError):
+    """A part of the graph that cannot be captured. The only exception that leads to a (reported) fallback."""
+
+
+class OptionError(MpkError, ValueError):
+    """An unknown or ill-typed option of the backend."""
+
+
+class VerificationError(MpkError):
+    """A stage broke a numbered rule: a defect of this project, never of the user's model. `rule` is e.g. "T4"."""
+
+    def __init__(self, rule: str, message: str, *, origin: str = "") -> None:
+        self.rule = rule
+        super().__init__(f"{rule}: {message}", origin=origin, remedy="please report this with the dump directory")
+
+
+class CompileError(MpkError):
+    """NVRTC rejected a generated translation unit. `source_path` and `log` tell where and why."""
+
+    def __init__(self, message: str, *, log: str = "", source_path: str = "") -> None:
+        self.log, self.source_path = log, source_path
+        super().__init__(f"{message}\n{log}" if log else message, remedy=f"source: {source_path}" if source_path else "")
+
+
+class LaunchError(MpkError):
+    """A CUDA driver call failed, or the kernel cannot be co-resident on this device."""
+
+
+class DeviceFault(MpkError):
+    """A bounded wait on the device ran out. The message names task, event, needed and seen counts, and the module."""

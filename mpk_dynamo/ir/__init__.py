@@ -1,0 +1,1 @@
+"""Intermediate representations: frozen dataclasses over the standard library. No torch, no cuda."""

@@ -1,0 +1,59 @@
+"""The contract of an operator: how a node is cut into tasks, and what a task means on the reference executor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..ir.graph import Graph, Node
+from ..ir.region import Access
+from ..ir.types import Buffer
+
+if TYPE_CHECKING:
+    import torch
+
+Memory = Mapping[str, "torch.Tensor"]
+"""Tensor of each buffer, by Buffer name, shaped and strided as declared. Versions of a STATE share memory."""
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """A task before it has a number: see ir.tasks.Task for the fields."""
+
+    op: str
+    tile: tuple[int, ...]
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tasks of a node in an order in which running them one by one is right, and buffers for partial results."""
+
+    tasks: tuple[TileSpec, ...]
+    buffers: tuple[Buffer, ...] = ()
+
+
+class Operator(Protocol):
+    """One operator. Registered in ops/__init__.py by the type of its node."""
+
+    name: str
+
+    def tile(self, node: Node, graph: Graph, workers: int) -> Tiling:
+        """Cut the node into tasks for `workers` equal workers. Every task declares what it reads and writes."""
+        ...
+
+    def run(self, node: Node, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...], memory: Memory) -> None:
+        """Execute one task on torch tensors (any device), touching only what the task declares."""
+        ...
+
+    def oracle(self, node: Node, buffers: Mapping[str, Buffer], memory: Memory) -> None:
+        """Execute the whole node at once, in plain torch, sharing no tiling code with `run`."""
+        ...
+
+    def samples(self) -> list[tuple[Node, Graph]]:
+        """Small nodes in one-node graphs that cover the operator's traits, for the conformance test."""
+        ...
