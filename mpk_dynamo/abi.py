@@ -24,6 +24,9 @@ MAX_OPERANDS = 32
 MAX_WAITS = 16
 """Events one task may wait for."""
 
+MAX_SEGMENTS = 16
+"""Pieces of weight rows one linear task may span."""
+
 MAX_BINDINGS = 3900
 """Pointers a launch can carry: kernel parameters are limited to 32,764 bytes."""
 
@@ -65,9 +68,9 @@ RUN = Struct(
         ("base0", "u64", 1),  # reference, like an entry of the operand table
         ("base1", "u64", 1),  # second joint weight, or NO_REF
         ("rows", "u32", 1),
-        ("row_bytes", "u32", 1),
-        ("op", "u32", 1),  # index of the geometry in the generated table
-        ("pad", "u32", 1),
+        ("row_bytes", "u32", 1),  # of the weight in memory
+        ("copy", "u32", 1),  # bytes of one copy; divides row_bytes or is a multiple of it
+        ("tiled", "u32", 1),  # 0: slots of `copy` contiguous bytes. 1: slots of 8 row pieces of `copy` bytes
     ),
 )
 QUEUE = Struct("Queue", (("task", "u32", 1), ("task_count", "u32", 1), ("run", "u32", 1), ("run_count", "u32", 1)))
@@ -110,7 +113,7 @@ FAULT = Struct(
     "Fault",
     (
         ("state", "u32", 1),  # 0: none, 1: claimed, 2: written
-        ("kind", "u32", 1),  # 0: event wait, 1: ring slot never filled, 2: ring slot never released
+        ("kind", "u32", 1),  # see FAULT_KINDS
         ("worker", "u32", 1),
         ("task", "u32", 1),  # task id
         ("slot", "u32", 1),  # event slot, or ring slot
@@ -119,6 +122,15 @@ FAULT = Struct(
         ("epoch", "u32", 1),
     ),
 )
+
+FAULT_KINDS = (
+    "an event did not arrive",
+    "a ring slot was never filled",
+    "a ring slot was never released",
+    "a cache position is outside the cache (the cache is full?)",
+    "an index is outside its tensor",
+)
+"""Text of Fault.kind. For the last two, `needed` is the size and `seen` the index."""
 
 STRUCTS = (TASK, WAIT, SIGNAL, OPERAND, SEGMENT, RUN, QUEUE, LAUNCH_FIXED, FAULT)
 KERNEL_NAME = "mpk_main"
@@ -133,7 +145,7 @@ def header() -> str:
     """C++ declarations of everything above, as the text of mpk/abi.h."""
     lines = ["// Generated from mpk_dynamo/abi.py. Do not edit.", "#pragma once", "namespace mpk {"]
     lines += ["using u32 = unsigned int; using i32 = int; using u64 = unsigned long long;"]
-    for name in ("VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS MAX_OPERANDS MAX_WAITS").split():
+    for name in ("VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS MAX_OPERANDS MAX_WAITS MAX_SEGMENTS").split():
         lines.append(f"constexpr u32 {name} = {globals()[name]};")
     lines += [f"constexpr u64 ARENA_REF = {ARENA_REF}ull;", f"constexpr u64 NO_REF = {NO_REF}ull;"]
     lines += [f"constexpr u32 TABLE_{name.upper()} = {i};" for i, (name, _) in enumerate(TABLES)]

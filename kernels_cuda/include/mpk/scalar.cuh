@@ -1,0 +1,89 @@
+// Element types in memory and their conversions. Arithmetic is fp32; bf16 and f16 exist as bits and as roundings.
+#pragma once
+#include "mpk/ptx.cuh"
+
+namespace mpk {
+
+using u16 = unsigned short;
+using u8 = unsigned char;
+using i64 = long long;
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+MPK_DEVICE float widen(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
+MPK_DEVICE float widen(f16 v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+}
+MPK_DEVICE float widen(float v) { return v; }
+
+template <class T> MPK_DEVICE T narrow(float v);
+template <> MPK_DEVICE bf16 narrow<bf16>(float v) {
+  bf16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+  return r;
+}
+template <> MPK_DEVICE f16 narrow<f16>(float v) {
+  f16 r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+  return r;
+}
+template <> MPK_DEVICE float narrow<float>(float v) { return v; }
+
+template <class T> MPK_DEVICE float round_to(float v) { return widen(narrow<T>(v)); }
+
+// 8 consecutive elements, 16-byte aligned, as fp32.
+MPK_DEVICE void unpack8(ptx::Vec4 v, float (&x)[8], bf16) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(w[i] << 16);
+    x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+}
+MPK_DEVICE void unpack8(ptx::Vec4 v, float (&x)[8], f16) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = widen(f16{static_cast<u16>(w[i] & 0xffffu)});
+    x[2 * i + 1] = widen(f16{static_cast<u16>(w[i] >> 16)});
+  }
+}
+template <class T> MPK_DEVICE void load8(const T* p, float (&x)[8]) {
+  if constexpr (sizeof(T) == 2) {
+    unpack8(ptx::load_global(p), x, T{});
+  } else {
+    const ptx::Vec4 a = ptx::load_global(p), b = ptx::load_global(p + 4);
+    const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(w[i]);
+  }
+}
+template <class T> MPK_DEVICE void load8_shared(const void* p, float (&x)[8]) {
+  if constexpr (sizeof(T) == 2) {
+    unpack8(ptx::load_shared(p), x, T{});
+  } else {
+    const ptx::Vec4 a = ptx::load_shared(p), b = ptx::load_shared(static_cast<const char*>(p) + 16);
+    const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(w[i]);
+  }
+}
+
+// One element: what a Load of the expression IR becomes. bool is one byte, 0 or 1.
+MPK_DEVICE float load1(const bf16* p) { return widen(bf16{*reinterpret_cast<const volatile u16*>(p)}); }
+MPK_DEVICE float load1(const f16* p) { return widen(f16{*reinterpret_cast<const volatile u16*>(p)}); }
+MPK_DEVICE float load1(const float* p) { return *p; }
+MPK_DEVICE double load1(const double* p) { return *p; }
+MPK_DEVICE i64 load1(const i64* p) { return *p; }
+MPK_DEVICE int load1(const int* p) { return *p; }
+MPK_DEVICE int load1(const u8* p) { return *p; }
+MPK_DEVICE bool load1(const bool* p) { return *reinterpret_cast<const u8*>(p) != 0; }
+
+template <class T, class V> MPK_DEVICE void store1(T* p, V v) {
+  if constexpr (sizeof(T) == 2) *p = narrow<T>(static_cast<float>(v));
+  else *p = static_cast<T>(v);
+}
+
+}  // namespace mpk
