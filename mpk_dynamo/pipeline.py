@@ -1,0 +1,166 @@
+"""The only place where the stages are listed, in order, each verified before the next reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .dump import Dump
+from .errors import OptionError, Unsupported
+from .ir import printer
+from .report import Report
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .capture import Captured
+    from .ir.graph import Graph
+    from .ir.program import Program
+    from .ir.schedule import Schedule
+    from .targets import Target
+
+REFERENCE_WORKERS = 8
+
+
+def compile_graph(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
+) -> Callable[..., Any]:
+    """From Dynamo's graph to a callable with the same arguments and results.
+
+    Raises Unsupported (the graph, device or dtype is outside the supported set), VerificationError, CompileError.
+    """
+    device = _device_of(example_inputs)
+    on_gpu = _runs_on_gpu(device, settings)
+    target = _target_of(device, settings) if on_gpu else None
+    dump = Dump(settings.dump_dir, gm, report)
+    captured = capture_graph(gm, example_inputs, report, dump)
+    workers = settings.workers or (target.sm_count if target else REFERENCE_WORKERS)
+    schedule = lower(captured.graph, workers, target, report, dump)
+    if target is None:
+        from .reference.callable import ReferenceCallable
+
+        report.outcome, report.device = "reference", str(device)
+        dump.report(report)
+        return ReferenceCallable(captured, schedule, report)
+    program = emit(schedule, target, report, dump)
+    compiled = _load(captured, program, target, device, settings, report)
+    report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
+    dump.report(report)
+    return compiled
+
+
+def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump) -> "Captured":
+    """Dynamo's graph as a verified, unfused Graph."""
+    from .capture import capture
+    from .verify import verify_graph
+
+    with report.stage("capture"):
+        captured = capture(gm, example_inputs)
+    report.captured_nodes = len(captured.graph.nodes)
+    dump.text("1-captured.txt", printer.print_graph, captured.graph)
+    with report.stage("verify"):
+        verify_graph(captured.graph)
+    return captured
+
+
+def lower(graph: "Graph", workers: int, target: "Target | None", report: Report, dump: Dump) -> "Schedule":
+    """A captured Graph as a verified Schedule for `workers` workers. `target` None: for the reference executor."""
+    from .passes.graph import PASSES
+    from .passes.schedule import schedule as make_schedule
+    from .passes.tasks import derive_events, tile
+    from .verify import verify_graph, verify_schedule, verify_tasks
+
+    with report.stage("fuse"):
+        for graph_pass in PASSES:
+            graph = graph_pass(graph)
+    dump.text("2-graph.txt", printer.print_graph, graph)
+    with report.stage("verify"):
+        verify_graph(graph)
+    with report.stage("tile"):
+        tasks = tile(graph, workers)
+    with report.stage("events"):
+        tasks = derive_events(tasks)
+    dump.text("3-tasks.txt", printer.print_tasks, tasks)
+    with report.stage("verify"):
+        verify_tasks(tasks)
+    with report.stage("schedule"):
+        schedule = make_schedule(tasks, workers)
+    dump.text("4-schedule.txt", printer.print_schedule, schedule)
+    with report.stage("verify"):
+        verify_schedule(schedule, target)
+    _describe(report, graph, schedule)
+    return schedule
+
+
+def emit(schedule: "Schedule", target: "Target", report: Report, dump: Dump) -> "Program":
+    """A Schedule as a verified Program for `target`."""
+    from .codegen import generate
+    from .verify import verify_program
+
+    report.target = target.name
+    with report.stage("codegen"):
+        program = generate(schedule, target)
+    dump.text("5-program.cu", lambda p: p.source, program)
+    dump.text("5-program.txt", printer.print_program, program)
+    with report.stage("verify"):
+        verify_program(program, target)
+    return program
+
+
+def build(program: "Program", target: "Target", settings: Settings, report: Report) -> Any:
+    """A Program as a cubin, from the cache or from NVRTC. Needs no GPU."""
+    from .runtime import build as build_program
+
+    with report.stage("nvrtc"):
+        artifact = build_program(program, target, cache_dir=settings.cache_dir or None)
+    report.resources = str(getattr(artifact, "resources", ""))
+    return artifact
+
+
+def _load(
+    captured: "Captured", program: "Program", target: "Target", device: torch.device, settings: Settings, report: Report
+) -> Callable[..., Any]:
+    from .runtime.callable import DeviceCallable
+
+    artifact = build(program, target, settings, report)
+    with report.stage("load"):
+        return DeviceCallable(captured, artifact, program, target, device, settings, report)
+
+
+def _describe(report: Report, graph: "Graph", schedule: "Schedule") -> None:
+    tasks = schedule.tasks
+    report.graph_nodes = len(graph.nodes)
+    report.node_kinds = dict(Counter(type(n).__name__ for n in graph.nodes))
+    report.tasks, report.task_kinds = len(tasks.tasks), dict(Counter(t.op for t in tasks.tasks))
+    report.events = len(tasks.events)
+    report.edges = sum(len(e.producers) + len(e.waiters) for e in tasks.events)
+    report.workers, report.arena_bytes = schedule.workers, schedule.arena_bytes
+    report.bytes, report.flops = sum(t.bytes for t in tasks.tasks), sum(t.flops for t in tasks.tasks)
+
+
+def _device_of(example_inputs: Sequence[Any]) -> torch.device:
+    devices = sorted({x.device for x in example_inputs if isinstance(x, torch.Tensor)}, key=str)
+    if len(devices) != 1 or devices[0].type not in ("cpu", "cuda"):
+        found = ", ".join(map(str, devices)) or "no tensors"
+        raise Unsupported(f"inputs are on {found}", remedy="put model, cache and inputs on one CUDA or CPU device")
+    return devices[0]
+
+
+def _runs_on_gpu(device: torch.device, settings: Settings) -> bool:
+    if settings.device == "cuda" and device.type != "cuda":
+        raise OptionError(f"option 'device' is 'cuda', but the inputs are on {device}", remedy="move the model to CUDA")
+    return device.type == "cuda" and settings.device != "reference"
+
+
+def _target_of(device: torch.device, settings: Settings) -> "Target":
+    from .targets import detect, known
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise Unsupported(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}",
+            remedy="a GPU of compute capability 8.0 (Ampere) or newer is needed",
+        )
+    return known(settings.target) if settings.target else detect(device.index or 0)

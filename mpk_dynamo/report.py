@@ -1,0 +1,86 @@
+"""What one call of the backend did, kept for `reports()`, `explain` and the demo."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Report:
+    """One graph that Dynamo handed to the backend.
+
+    outcome: "kernel", "reference", or "fallback to ..."; "" while compiling or after an error.
+    bytes, flops: of one call, as the tasks declare them. launches: kernel launches of one call.
+    seconds: wall time per stage, in the order in which they ran.
+    """
+
+    outcome: str = ""
+    device: str = ""
+    fx_nodes: int = 0  # call nodes of Dynamo's graph
+    captured_nodes: int = 0  # nodes of the unfused Graph
+    graph_nodes: int = 0  # after fusion
+    node_kinds: dict[str, int] = field(default_factory=dict)
+    tasks: int = 0
+    task_kinds: dict[str, int] = field(default_factory=dict)
+    events: int = 0
+    edges: int = 0  # producer-to-event and event-to-waiter links
+    workers: int = 0
+    arena_bytes: int = 0
+    bytes: int = 0
+    flops: int = 0
+    launches: int = 0
+    calls: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reason: str = ""  # why a fallback happened
+    origin: str = ""  # where in the model
+    target: str = ""
+    resources: str = ""  # registers, spills and shared memory, as the runtime reports them
+    dump: str = ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def summary(self) -> str:
+        """One line."""
+        if self.reason:
+            where = f" at {self.origin}" if self.origin else ""
+            return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
+        return (
+            f"{self.outcome or 'lowered'}: {self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, {self.tasks} tasks, "
+            f"{self.events} events, {self.workers} workers, {self.bytes / 1e6:.1f} MB per call, "
+            f"compiled in {self.total_seconds:.1f} s"
+        )
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+_REPORTS: deque[Report] = deque(maxlen=256)
+
+
+def record(report: Report) -> Report:
+    _REPORTS.append(report)
+    return report
+
+
+def reports() -> list[Report]:
+    """Reports of this process, oldest first (the last 256)."""
+    return list(_REPORTS)
+
+
+def clear_reports() -> None:
+    _REPORTS.clear()

@@ -1,0 +1,108 @@
+"""Settings: the one table of options. Each field is an option of `torch.compile(options={...})` and of
+`mpk_dynamo.enable`, and an environment variable MPK_<NAME>; an option wins over the variable."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import OptionError
+
+
+def _option(default: Any, doc: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one compilation may do. Immutable; make it with `Settings.from_options`.
+
+    The verifier has no option: it runs on every compile.
+    """
+
+    device: str = _option(
+        "auto",
+        "cuda: the kernel; reference: the CPU executor; auto: where the model's tensors are",
+        ("auto", "cuda", "reference"),
+    )
+    workers: int = _option(0, "resident CTAs (or simulated workers); 0: one per SM, 8 on the reference executor", minimum=0)
+    fallback: str = _option(
+        "auto",
+        "what runs graphs that cannot be captured; auto: inductor on CUDA, eager on CPU; error: raise instead",
+        ("auto", "inductor", "eager", "error"),
+    )
+    dump_dir: str = _option("", "folder that receives every stage as text, the CUDA source and the report")
+    cache_dir: str = _option("", "folder of compiled kernels; empty: the user's cache folder")
+    target: str = _option("", "build for this target, e.g. sm_90a, instead of the present GPU")
+    flight: int = _option(4, "copies of 16 KiB that a worker keeps in flight", minimum=1)
+    flight_waiting: int = _option(1, "the same while its worker waits for an event", minimum=1)
+    timeout_s: float = _option(10.0, "bound of every wait on the device, in seconds", minimum=0.001)
+    profile: bool = _option(False, "record when each task starts and ends")
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> "Settings":
+        """Settings from a dict of options over MPK_* variables over defaults.
+
+        Raises OptionError for an unknown option or MPK_* variable of one, a wrong type or a value out of range.
+        """
+        options = dict(options or {})
+        environ = os.environ if environ is None else environ
+        fields = {f.name: f for f in dataclasses.fields(Settings)}
+        for name in options:
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise OptionError(f"unknown option {name!r}", remedy=f"{hint}valid options: {', '.join(fields)}")
+        values: dict[str, Any] = {}
+        for name, field in fields.items():
+            if name in options:
+                values[name] = _checked(field, options[name], f"option {name!r}")
+            elif environ.get(_variable(name), "") != "":
+                values[name] = _checked(field, _parsed(field, environ[_variable(name)]), _variable(name))
+        return Settings(**values)
+
+
+def _variable(name: str) -> str:
+    return f"MPK_{name.upper()}"
+
+
+def _parsed(field: dataclasses.Field[Any], text: str) -> Any:
+    """The text of an environment variable as the type of the option; left as text when it does not parse."""
+    kind = type(field.default)
+    if kind is bool:
+        return {"0": False, "false": False, "1": True, "true": True}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _checked(field: dataclasses.Field[Any], value: Any, name: str) -> Any:
+    kind = type(field.default)
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise OptionError(f"{name} is {value!r} ({type(value).__name__})", remedy=f"give a value of type {kind.__name__}")
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"{name} is {value!r}", remedy=f"{hint}valid values: {', '.join(choices)}")
+    if minimum is not None and not value >= minimum:
+        raise OptionError(f"{name} is {value!r}", remedy=f"give at least {minimum}")
+    return value
+
+
+def table() -> str:
+    """The options as a Markdown table."""
+    rows = ["| option | type | default | variable | meaning |", "|---|---|---|---|---|"]
+    for f in dataclasses.fields(Settings):
+        default = f"`{f.default!r}`"
+        rows.append(f"| `{f.name}` | {type(f.default).__name__} | {default} | `{_variable(f.name)}` | {f.metadata['doc']} |")
+    return "\n".join(rows) + "\n"
