@@ -1,0 +1,166 @@
+"""What a task touches: boxes of the loads and stores of expressions over ranges of their variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from ..ir.expr import Const, Expr, Load, Op, Reduce, Var, bounds, walk
+from ..ir.region import Access, Box, box_size
+from ..ir.types import Buffer
+
+Ranges = Mapping[Var, tuple[int, int]]
+"""Half-open [start, stop) of each loop variable."""
+
+
+def flat_range_boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """The row-major range [start, stop) of a box of `sizes` as at most 2 n - 1 disjoint boxes, in row-major order."""
+    if start >= stop:
+        return []
+    if not sizes:
+        return [()]
+    inner = math.prod(sizes[1:])
+    if len(sizes) == 1:
+        return [((start, stop),)]
+    first, first_rest = divmod(start, inner)
+    last, last_rest = divmod(stop, inner)
+    if first == last:
+        return [((first, first + 1), *box) for box in flat_range_boxes(sizes[1:], first_rest, last_rest)]
+    out: list[Box] = []
+    if first_rest:
+        out += [((first, first + 1), *box) for box in flat_range_boxes(sizes[1:], first_rest, inner)]
+        first += 1
+    if first < last:
+        out.append(((first, last), *((0, s) for s in sizes[1:])))
+    out += [((last, last + 1), *box) for box in flat_range_boxes(sizes[1:], 0, last_rest)]
+    return out
+
+
+def index_box(index: tuple[Expr, ...], shape: tuple[int, ...], ranges: Ranges) -> Box:
+    """Bounding box of `index` over `ranges`, clipped to `shape`. A data-dependent dimension has its whole extent."""
+    box = []
+    for expr, size in zip(index, shape, strict=True):
+        limits = bounds(expr, ranges)
+        low, high = (0, size - 1) if limits is None else limits
+        box.append((max(0, low), max(0, low, min(size, high + 1))))
+    return tuple(box)
+
+
+def loads_over(exprs: Iterable[Expr], ranges: Ranges) -> Iterable[tuple[Load, Ranges]]:
+    """Each load in `exprs`, with the ranges that hold where it stands: a variable that an enclosing reduction
+    binds has its whole range, also when `ranges` narrows a free variable of the same name."""
+    seen: set[tuple[Expr, frozenset[Var]]] = set()
+    stack: list[tuple[Expr, frozenset[Var]]] = [(e, frozenset()) for e in exprs]
+    while stack:
+        e, bound = stack.pop()
+        if (e, bound) in seen:
+            continue
+        seen.add((e, bound))
+        if isinstance(e, Load):
+            yield e, {v: r for v, r in ranges.items() if v not in bound} if bound else ranges
+        inside = bound | {e.var} if isinstance(e, Reduce) and e.var in ranges else bound
+        stack.extend((c, inside) for c in e.children)
+
+
+def read_accesses(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, Buffer]) -> list[Access]:
+    """Bounding boxes of every load in `exprs` (also of those inside load indices), without repeats.
+
+    A load that lies outside its buffer for all of `ranges` is in the branch of a `where` that is not taken."""
+    found: dict[str, list[Box]] = {}
+    for ld, where in loads_over(exprs, ranges):
+        box = index_box(ld.index, buffers[ld.buffer].shape, where)
+        if box_size(box):
+            found.setdefault(ld.buffer, []).append(box)
+    return [Access(name, box) for name, boxes in sorted(found.items()) for box in _maximal(boxes)]
+
+
+def _maximal(boxes: list[Box]) -> list[Box]:
+    kept: list[Box] = []
+    for box in sorted(set(boxes), key=lambda b: (-box_size(b), b)):
+        if not any(all(o0 <= s and e <= o1 for (s, e), (o0, o1) in zip(box, other, strict=True)) for other in kept):
+            kept.append(box)
+    return kept
+
+
+def store_boxes(store: tuple[Expr, ...], shape: tuple[int, ...], ranges: Ranges) -> list[Box]:
+    """Boxes that `store` reaches over `ranges`: exact where the index is affine or splits a variable by `//` and
+    `%`; the whole extent in a data-dependent dimension."""
+    box = index_box(store, shape, ranges)
+    known = [i for i, e in enumerate(store) if bounds(e, ranges) is not None]
+    variables = frozenset().union(*(store[i].free for i in known)) if known else frozenset()
+    if math.prod(box[i][1] - box[i][0] for i in known) == points(variables, ranges):
+        return [box]
+    for variable, at in _breaks(store, ranges):
+        start, stop = ranges.get(variable, (0, variable.size))
+        if start < at < stop:
+            below, above = {**ranges, variable: (start, at)}, {**ranges, variable: (at, stop)}
+            return store_boxes(store, shape, below) + store_boxes(store, shape, above)
+    return [box]
+
+
+def _breaks(store: tuple[Expr, ...], ranges: Ranges) -> Iterable[tuple[Var, int]]:
+    """Values at which cutting a variable's range aligns it with a divisor of the index: the first and the last
+    multiple inside the range, coarse divisors first."""
+    divisors = {
+        (e.children[0], e.children[1].value)
+        for x in store
+        for e in walk(x)
+        if isinstance(e, Op) and e.name in ("floordiv", "mod") and isinstance(e.children[1], Const)
+    }
+    for x, divisor in sorted(divisors, key=lambda item: (-item[1], repr(item[0]))):
+        if isinstance(x, Var):
+            start, stop = ranges.get(x, (0, x.size))
+            yield x, -(-start // divisor) * divisor
+            yield x, stop // divisor * divisor
+
+
+def write_accesses(name: str, store: tuple[Expr, ...], ranges: Ranges, buffers: Mapping[str, Buffer]) -> list[Access]:
+    """Write accesses of `name[store]` over `ranges`."""
+    return [Access(name, box) for box in store_boxes(store, buffers[name].shape, ranges)]
+
+
+def access_bytes(accesses: Iterable[Access], buffers: Mapping[str, Buffer]) -> int:
+    """Bytes of the boxes. Counts the whole extent of data-dependent dimensions, an upper bound."""
+    return sum(box_size(a.box) * buffers[a.buffer].dtype.itemsize for a in accesses)
+
+
+def gathered_bytes(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, Buffer]) -> int:
+    """Bytes the loads of `exprs` move: like their boxes, but a data-dependent dimension counts one row for each
+    point of the variables it depends on, not the whole extent (a gather touches few rows of a table)."""
+    total: dict[tuple[str, Box], int] = {}
+    for ld, where in loads_over(exprs, ranges):
+        shape = buffers[ld.buffer].shape
+        box, size, gathered = index_box(ld.index, shape, where), 1, frozenset()
+        for expr, (start, stop) in zip(ld.index, box, strict=True):
+            if bounds(expr, where) is None:
+                gathered |= expr.free
+            else:
+                size *= stop - start
+        size *= points(gathered, where)
+        total[ld.buffer, box] = min(size, box_size(box)) * buffers[ld.buffer].dtype.itemsize
+    return sum(total.values())
+
+
+def arithmetic(exprs: Iterable[Expr], ranges: Ranges) -> int:
+    """Floating-point operations of evaluating `exprs` once over `ranges`, each common sub-expression once.
+    Casts and integer index arithmetic count nothing."""
+    seen: set[tuple[Expr, frozenset[Var]]] = set()
+    total = 0
+    stack: list[tuple[Expr, frozenset[Var]]] = [(e, frozenset()) for e in exprs]
+    while stack:
+        e, bound = stack.pop()
+        if (e, bound) in seen:
+            continue
+        seen.add((e, bound))
+        inside = bound | {e.var} if isinstance(e, Reduce) else bound
+        if isinstance(e, Reduce) or (isinstance(e, Op) and e.name != "cast"):
+            if e.children[-1].dtype.is_float:
+                narrowed = {v: r for v, r in ranges.items() if v not in inside}
+                total += points(e.children[0].free if isinstance(e, Reduce) else e.free, narrowed)
+        stack.extend((c, inside) for c in e.children)
+    return total
+
+
+def points(variables: Iterable[Var], ranges: Ranges) -> int:
+    """Number of points of the variables' ranges."""
+    return math.prod(stop - start for start, stop in (ranges.get(v, (0, v.size)) for v in variables))

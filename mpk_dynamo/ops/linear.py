@@ -1,0 +1,119 @@
+"""Linear: x @ weight.T for weights that share x, with a prologue on x and an epilogue on the accumulators.
+
+Task kind `linear`, tile = (part, row, rows, part, row, rows, ...): segments, each a range of rows of a part, that
+follow one another in the concatenation of the parts. Tasks move the same weight bytes up to one row (eight rows
+when there are several tokens, the tensor-core tile), since a decode step is bound by them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+from ..ir.graph import Graph, Linear, LinearPart
+from ..ir.region import Access
+from ..ir.types import Buffer
+from .access import access_bytes, arithmetic, read_accesses, write_accesses
+from .spec import Memory, TileSpec, Tiling
+
+TENSOR_CORE_ROWS = 8
+
+Segment = tuple[int, int, int]
+"""(part, first row, rows)"""
+
+
+def segments(tile: tuple[int, ...]) -> list[Segment]:
+    """The segments of a task's tile."""
+    return [(tile[i], tile[i + 1], tile[i + 2]) for i in range(0, len(tile), 3)]
+
+
+def cut_rows(parts: tuple[LinearPart, ...], workers: int, granularity: int, phase: int) -> list[list[Segment]]:
+    """Contiguous ranges of the concatenated parts with equal weight bytes, one per worker (fewer when there are
+    fewer blocks of `granularity` rows). When blocks do not divide evenly, the workers from `phase` on get one more."""
+    blocks = [-(-p.rows // granularity) for p in parts]
+    weight = [len(p.weights) for p in parts]
+    total = sum(blocks)
+    tasks = max(1, min(workers, total))
+    if len(set(weight)) == 1:
+        base, extra = divmod(total, tasks)
+        cuts = [0]
+        for w in range(tasks):
+            cuts.append(cuts[-1] + base + ((w - phase) % tasks < extra))
+    else:
+        cuts = _balanced_cuts([w for n, w in zip(blocks, weight, strict=True) for _ in range(n)], tasks)
+    out = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        task, offset = [], 0
+        for i, part in enumerate(parts):
+            first, last = max(start, offset) - offset, min(stop, offset + blocks[i]) - offset
+            if first < last:
+                row = first * granularity
+                task.append((i, row, min(last * granularity, part.rows) - row))
+            offset += blocks[i]
+        out.append(task)
+    return out
+
+
+def _balanced_cuts(weights: list[int], tasks: int) -> list[int]:
+    """Cut a list of block weights into `tasks` non-empty runs, each cut at the block boundary nearest to the ideal."""
+    total, done, cuts = sum(weights), 0, [0]
+    for position, weight in enumerate(weights):
+        wanted = len(cuts)
+        if wanted == tasks:
+            break
+        left_after = len(weights) - position - 1
+        target = total * wanted / tasks
+        done += weight
+        nearer_here = abs(done - target) <= abs(done + weight - target)
+        if nearer_here or left_after == tasks - wanted:
+            cuts.append(position + 1)
+    return [*cuts, len(weights)]
+
+
+def granularity(node: Linear) -> int:
+    """Rows per block: 8 when several tokens use the tensor cores, else 1."""
+    return TENSOR_CORE_ROWS if node.t.size > 1 else 1
+
+
+def phase_of(node: Linear, graph: Graph, workers: int) -> int:
+    """First worker that gets an extra block: continues where the Linears before this one stopped, so that over the
+    whole graph every worker gets the same number of extras."""
+    phase = 0
+    for other in graph.nodes:
+        if other is node:
+            break
+        if isinstance(other, Linear):
+            blocks = sum(-(-p.rows // granularity(other)) for p in other.parts)
+            phase += blocks % workers if blocks >= workers else blocks
+    return phase % workers
+
+
+class LinearOperator:
+    """See ops/spec.py for the contract."""
+
+    name = "linear"
+
+    def tile(self, node: Linear, graph: Graph, workers: int) -> Tiling:
+        """One task per worker, equal in weight bytes."""
+        buffers = graph.buffers
+        whole_x = {node.t: (0, node.t.size), node.k: (0, node.k.size)}
+        x_reads = read_accesses((node.x,), whole_x, buffers)
+        x_bytes, x_flops = access_bytes(x_reads, buffers), arithmetic((node.x,), whole_x)
+        tasks = []
+        for task in cut_rows(node.parts, workers, granularity(node), phase_of(node, graph, workers)):
+            reads, writes = dict.fromkeys(x_reads), {}
+            moved, flops = x_bytes, x_flops
+            for which, row, rows in task:
+                part = node.parts[which]
+                weights = [Access(w, ((row, row + rows), (0, node.k.size))) for w in part.weights]
+                ranges = {node.t: (0, node.t.size), part.n: (row, row + rows)}
+                loaded = read_accesses((part.epilogue, *part.store), ranges, buffers)
+                stored = write_accesses(part.out, part.store, ranges, buffers)
+                reads.update(dict.fromkeys([*weights, *loaded]))
+                writes.update(dict.fromkeys(stored))
+                moved += sum(access_bytes(a, buffers) for a in (weights, loaded, stored))
+                flops += 2 * node.t.size * node.k.size * rows * len(part.weights)
+                flops += arithmetic((part.epilogue,), ranges)
+            tile = tuple(i for segment in task for i in segment)
+            tasks.append(TileSpec("linear", tile, tuple(reads), tuple(writes), moved, flops))
+        return Tiling(tuple(tasks))
