@@ -1,6 +1,6 @@
 """Fewer counters and signals, at the price of some waits for more than is needed.
 
-Exact events (derive_events) cost one wait per task, but a producer signals once for each distinct set of consumers'
+Exact events (order_conflicts) cost one wait per task, but a producer signals once for each distinct set of consumers'
 needs it is in. A signal is a device-wide atomic at the end of a task, on the critical path of whatever it precedes.
 Two changes pay:
 
