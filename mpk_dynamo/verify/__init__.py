@@ -1,0 +1,81 @@
+"""The verifier: proves a stage right by numbered rules, or raises VerificationError with what is wrong.
+
+It shares no code with the passes it checks, and skips nothing because a program is large. Each entry point returns
+a Report of what was proven.
+"""
+
+from __future__ import annotations
+
+from ..ir.schedule import Schedule
+from ..ir.tasks import TaskGraph
+from .accesses import AccessIndex
+from .order import EventOrder, Order, QueueOrder
+from .order_rules import check_storages, check_unwritten
+from .replay import replay
+from .report import Report
+from .schedule_rules import check_lifetimes, check_offsets, check_queues, check_slots, check_workers
+from .state_rules import check_states
+from .task_rules import check_accesses, check_events, check_nodes, check_ready, check_tasks
+
+__all__ = ["Report", "verify_schedule", "verify_tasks"]
+
+
+def verify_tasks(tg: TaskGraph) -> Report:
+    """Rules T1 to T6, T9 and T10, with tasks ordered by events alone."""
+    report = Report("tasks")
+    index = _check_declared(tg, report)
+    check_ready(tg)
+    _check_order(tg, index, EventOrder(tg), report)
+    report.proved(T3="waits are for earlier tasks")
+    return report.done()
+
+
+def verify_schedule(s: Schedule, target: object | None = None) -> Report:
+    """Rules S1 to S3, S5 and S6, and the T rules again with tasks ordered by events and queues.
+
+    `target` is a targets.Target; without one S6 is only that there is a worker."""
+    report = Report("schedule")
+    index = _check_declared(s.tasks, report)
+    check_workers(s, target)
+    check_queues(s)
+    check_slots(s)
+    order = QueueOrder(s, replay(s))
+    _check_order(s.tasks, index, order, report)
+    check_offsets(s, index)
+    report.count(shared_arena_pairs=check_lifetimes(s, index, order), workers=s.workers)
+    report.proved(
+        S1="each task is in one queue",
+        S2="queues and events do not block each other",
+        S3="arena memory is reused between ordered lifetimes only",
+        S5="event slots are unique",
+        S6="workers fit the target" if target is not None else "there are workers; no target given",
+    )
+    return report.done()
+
+
+def _check_declared(tg: TaskGraph, report: Report) -> AccessIndex:
+    check_tasks(tg)
+    index = AccessIndex(tg)
+    check_accesses(tg, index)
+    check_events(tg)
+    check_nodes(tg, index)
+    report.count(tasks=len(tg.tasks), events=len(tg.events), accesses=index.accesses)
+    report.proved(
+        T1="accesses are inside their buffers",
+        T2="event counts are their numbers of producers",
+        T10="tasks touch what their nodes touch",
+    )
+    return index
+
+
+def _check_order(tg: TaskGraph, index: AccessIndex, order: Order, report: Report) -> None:
+    storages = index.storages()
+    check_storages(tg, storages, order, report)
+    check_unwritten(tg, index.reads, storages)
+    check_states(tg, storages)
+    report.proved(
+        T4="conflicting accesses are ordered",
+        T5="no read of unwritten memory",
+        T6="outputs and scratch are written once, states where the graph says",
+        T9="each access sees the version of a state that the graph says",
+    )
