@@ -72,8 +72,8 @@ template <class T> MPK_DEVICE void load8_shared(const void* p, float (&x)[8]) {
 }
 
 // One element: what a Load of the expression IR becomes. bool is one byte, 0 or 1.
-MPK_DEVICE float load1(const bf16* p) { return widen(bf16{*reinterpret_cast<const volatile u16*>(p)}); }
-MPK_DEVICE float load1(const f16* p) { return widen(f16{*reinterpret_cast<const volatile u16*>(p)}); }
+MPK_DEVICE float load1(const bf16* p) { return widen(*p); }
+MPK_DEVICE float load1(const f16* p) { return widen(*p); }
 MPK_DEVICE float load1(const float* p) { return *p; }
 MPK_DEVICE double load1(const double* p) { return *p; }
 MPK_DEVICE i64 load1(const i64* p) { return *p; }
@@ -85,5 +85,48 @@ template <class T, class V> MPK_DEVICE void store1(T* p, V v) {
   if constexpr (sizeof(T) == 2) *p = narrow<T>(static_cast<float>(v));
   else *p = static_cast<T>(v);
 }
+
+// N consecutive elements, 16-byte aligned where they fill 16 bytes.
+template <class T, int N> MPK_DEVICE void load_vector(const T* p, float (&x)[N]) {
+  if constexpr (N == 8) {
+    load8(p, x);
+  } else if constexpr (sizeof(T) * N == 16) {
+    const ptx::Vec4 a = ptx::load_global(p);
+    const u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __uint_as_float(w[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = load1(p + i);
+  }
+}
+template <class T, int N> MPK_DEVICE void load_vector_shared(const void* p, float (&x)[N]) {
+  if constexpr (N == 8) {
+    load8_shared<T>(p, x);
+  } else {
+    const ptx::Vec4 a = ptx::load_shared(p);
+    const u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __uint_as_float(w[i]);
+  }
+}
+
+MPK_DEVICE float float_mod(float a, float b) {  // sign of the divisor, as torch.remainder
+  const float r = fmodf(a, b);
+  return r != 0.0f && (r < 0.0f) != (b < 0.0f) ? r + b : r;
+}
+template <class V> MPK_DEVICE V floor_div(V a, V b) {
+  const V q = a / b;
+  return a % b != 0 && (a < 0) != (b < 0) ? q - 1 : q;
+}
+template <class V> MPK_DEVICE V floor_mod(V a, V b) {
+  const V r = a % b;
+  return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+}
+template <bool FIRST, class A, class B> struct SelectType { using type = A; };
+template <class A, class B> struct SelectType<false, A, B> { using type = B; };
+template <bool FIRST, class A, class B> using Select = typename SelectType<FIRST, A, B>::type;
+constexpr u32 largest(u32 a) { return a; }
+template <class... Rest> constexpr u32 largest(u32 a, Rest... rest) { const u32 b = largest(rest...); return a > b ? a : b; }
 
 }  // namespace mpk

@@ -1,0 +1,202 @@
+// One persistent CTA per SM. Roles: 8 consumer warps run task bodies; the loader warp keeps the ring full; the control
+// warp fetches the next task's descriptor while this one runs, resolves its pointers, and polls its events (one poller
+// per SM). Queues are computed at compile time and are data.
+#pragma once
+#include "mpk/ring.cuh"
+#include "mpk/scalar.cuh"
+
+namespace mpk {
+
+enum Barrier : u32 { kBarConsumers = 1, kBarReady = 2 };
+
+// A task ready to run: its descriptor with pointers instead of references. In shared memory, two of them.
+struct Ready {
+  void* pointer[MAX_OPERANDS];
+  Segment segment[MAX_SEGMENTS];
+  u32 signal[MAX_WAITS];
+  Task task;
+  u32 stop;
+};
+
+template <class C>
+struct alignas(128) SharedState {
+  Ring<C::SLOTS, C::SLOT_BYTES> ring;
+  alignas(16) char scratch[C::SCRATCH];
+  Ready ready[2];
+  ResolvedRun run[32];
+  Wait wait[MAX_WAITS];
+  Health health;
+  u32 run_stop;
+};
+
+// What a task body sees.
+template <class C>
+struct Context {
+  using Reader = RingReader<Ring<C::SLOTS, C::SLOT_BYTES>, C::SLOTS>;
+  SharedState<C>& shared;
+  Reader ring;
+  const Ready* ready = nullptr;
+  MPK_DEVICE explicit Context(SharedState<C>& s) : shared(s), ring(s.ring, s.health) {}
+
+  template <class T> MPK_DEVICE T* pointer(u32 i) const { return static_cast<T*>(ready->pointer[i]); }
+  MPK_DEVICE int arg(u32 i) const { return ready->task.arg[i]; }
+  MPK_DEVICE char* scratch() const { return shared.scratch; }
+  MPK_DEVICE void barrier() const { ptx::barrier(kBarConsumers, kConsumers); }
+  // The loader may lower its flight: this task needs no more slots.
+  MPK_DEVICE void last_slot_consumed() const {
+    if (threadIdx.x == 0) shared.ring.waiting = 1;
+  }
+  // An index that comes from data: outside its tensor it is reported and clamped, never followed.
+  MPK_DEVICE i64 checked(i64 i, i64 size) const {
+    if (static_cast<u64>(i) < static_cast<u64>(size)) return i;
+    report(shared.health, kIndex, ready->task.id, 0, static_cast<u32>(size), static_cast<u32>(i));
+    return 0;
+  }
+};
+
+template <class L>
+MPK_DEVICE void* resolve(const L& launch, u64 ref) {
+  if (ref == NO_REF) return nullptr;
+  const u64 base = (ref & ARENA_REF) ? launch.fixed.arena : launch.pointers[static_cast<u32>(ref >> 40)];
+  return reinterpret_cast<void*>(base + (ref & ((1ull << 40) - 1)));
+}
+
+template <class T, class L>
+MPK_DEVICE const T* table(const L& launch, u32 which) {
+  return reinterpret_cast<const T*>(launch.fixed.tables[which]);
+}
+
+template <class C, class L>
+MPK_DEVICE void loader(const L& launch, SharedState<C>& s, const Queue& queue) {
+  const u32 lane = threadIdx.x & 31;
+  RingWriter<decltype(s.ring), C::SLOTS> writer(s.ring, s.health, launch.fixed.flight, launch.fixed.flight_waiting);
+  const Run* runs = table<Run>(launch, TABLE_RUNS) + queue.run;
+#if __CUDA_ARCH__ >= 900
+  const u64 policy = ptx::policy_evict_first();
+#else
+  const u64 policy = 0;
+#endif
+  bool fine = true;
+  for (u32 first = 0; first < queue.run_count && fine; first += 32) {
+    __syncwarp();
+    if (first + lane < queue.run_count) {
+      const Run r = runs[first + lane];
+      s.run[lane] = {{static_cast<const char*>(resolve(launch, r.base0)), static_cast<const char*>(resolve(launch, r.base1))},
+                     r.rows, r.row_bytes, r.copy, r.tiled};
+    }
+    __syncwarp();
+    const u32 n = min(32u, queue.run_count - first);
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0)
+      for (u32 i = 0; i < n && fine; ++i) fine = load_run(writer, s.run[i], policy);
+    fine = __shfl_sync(~0u, fine, 0);
+#else
+    for (u32 i = 0; i < n && fine; ++i) fine = load_run(writer, s.run[i], policy);
+#endif
+  }
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) writer.drain();
+#else
+  writer.drain();
+#endif
+}
+
+template <class C, class L>
+MPK_DEVICE void fetch(const L& launch, SharedState<C>& s, Ready& ready, u32 index) {
+  const u32 lane = threadIdx.x & 31;
+  const Task& task = table<Task>(launch, TABLE_TASKS)[index];
+  if (lane < sizeof(Task) / 4) reinterpret_cast<u32*>(&ready.task)[lane] = reinterpret_cast<const u32*>(&task)[lane];
+  __syncwarp();
+  const Task& t = ready.task;
+  if (lane < t.operand_count) ready.pointer[lane] = resolve(launch, table<Operand>(launch, TABLE_OPERANDS)[t.operands + lane].ref);
+  if (lane < t.wait_count) s.wait[lane] = table<Wait>(launch, TABLE_WAITS)[t.waits + lane];
+  if (lane < min(t.signal_count, MAX_WAITS)) ready.signal[lane] = table<Signal>(launch, TABLE_SIGNALS)[t.signals + lane].slot;
+  if (t.arg[7] > 0 && lane < static_cast<u32>(t.arg[7]))
+    ready.segment[lane] = table<Segment>(launch, TABLE_SEGMENTS)[t.arg[6] + lane];
+  __syncwarp();
+}
+
+template <class C, class L>
+MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) {
+  const u32 lane = threadIdx.x & 31;
+  u32* control = reinterpret_cast<u32*>(launch.fixed.control);
+  for (u32 i = 0; i < queue.task_count; ++i) {
+    Ready& ready = s.ready[i & 1];
+    fetch(launch, s, ready, queue.task + i);
+    if (lane == 0) {
+      for (u32 w = 0; w < ready.task.wait_count; ++w) {
+        const Wait wait = s.wait[w];
+        const u32* counter = control + CONTROL_EVENTS + wait.slot * EVENT_STRIDE;
+        const u32 needed = (s.health.epoch + 1) * wait.count;  // counters are never reset
+        Patience patience;
+        bool expired;
+        u32 seen;
+        while (static_cast<i32>((seen = ptx::load_acquire(counter)) - needed) < 0) {
+          if (patience.give_up(s.health, expired)) {
+            if (expired) report(s.health, kEvent, ready.task.id, wait.slot, needed, seen);
+            break;
+          }
+        }
+      }
+      ready.stop = s.health.aborted;  // one decision for both roles
+    }
+    __syncwarp();
+    ptx::barrier(kBarReady, kConsumers + 32);
+    if (ready.stop) break;
+  }
+}
+
+template <class C, class P, class L>
+MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) {
+  Context<C> context(s);
+  u32* control = reinterpret_cast<u32*>(launch.fixed.control);
+  for (u32 i = 0; i < queue.task_count; ++i) {
+    const Ready& ready = s.ready[i & 1];
+    ptx::barrier(kBarReady, kConsumers + 32);
+    if (ready.stop) break;
+    if (threadIdx.x == 0) s.ring.waiting = 0;
+    context.ready = &ready;
+    P::run(ready.task.op, context);
+    // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
+    // gpu-scope release is cumulative.
+    context.barrier();
+    const u32 signals = ready.task.signal_count;
+    for (u32 k = threadIdx.x; k < signals; k += kConsumers) {
+      const u32 slot = k < MAX_WAITS ? ready.signal[k] : table<Signal>(launch, TABLE_SIGNALS)[ready.task.signals + k].slot;
+      ptx::red_add_release(control + CONTROL_EVENTS + slot * EVENT_STRIDE, 1);
+    }
+  }
+}
+
+// C: configuration (SLOTS, SLOT_BYTES, SCRATCH), P: dispatch over task bodies, L: launch parameters.
+template <class C, class P, class L>
+MPK_DEVICE void megakernel(const L& launch) {
+  extern __shared__ char raw[];
+  SharedState<C>& s = *reinterpret_cast<SharedState<C>*>((reinterpret_cast<u64>(raw) + 127) & ~127ull);
+  u32* control_block = reinterpret_cast<u32*>(launch.fixed.control);
+  if (threadIdx.x == 0) {
+    s.ring.init();
+    s.health.aborted = 0;
+    s.health.abort_flag = control_block + CONTROL_ABORT;
+    s.health.record = reinterpret_cast<Fault*>(launch.fixed.fault);
+    s.health.timeout_ns = launch.fixed.timeout_ns;
+    s.health.worker = blockIdx.x;
+    s.health.epoch = ptx::load_relaxed(control_block + CONTROL_EPOCH);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const Queue queue = table<Queue>(launch, TABLE_QUEUES)[blockIdx.x];
+  const u32 warp = threadIdx.x / 32;
+  if (warp == kLoaderWarp) loader(launch, s, queue);
+  else if (warp == kControlWarp) control(launch, s, queue);
+  else consume<C, P>(launch, s, queue);
+  __syncthreads();
+  // The last worker of this launch ends the epoch: by then every worker has read it.
+  if (threadIdx.x == 0) {
+    const u32 epoch = s.health.epoch;
+    if (ptx::atomic_add_acq_rel(control_block + CONTROL_DONE, 1) + 1 == (epoch + 1) * gridDim.x)
+      ptx::store_relaxed(control_block + CONTROL_EPOCH, epoch + 1);
+  }
+}
+
+}  // namespace mpk

@@ -1,0 +1,195 @@
+// The paged shared-memory ring. It lives for the whole launch: the loader fills slots with weights far ahead of the
+// consumers, over task and operator boundaries; a slot is released as soon as its last consumer warp has read it.
+//
+// Every consumer warp passes every slot. (A warp that skipped slots could arrive a revolution early and take the
+// parity of two uses ago for its own: mbarriers show one bit of phase.)
+//
+// Bytes in flight are bounded by `flight` slots, fewer while the worker waits for an event: what the loader has in
+// flight is what an event's polls and stores queue behind.
+#pragma once
+#include "mpk/fault.cuh"
+
+namespace mpk {
+
+constexpr u32 kConsumerWarps = 8;
+constexpr u32 kConsumers = kConsumerWarps * 32;
+constexpr u32 kLoaderWarp = kConsumerWarps, kControlWarp = kConsumerWarps + 1;
+constexpr u32 kThreads = kConsumers + 64;
+constexpr u32 kTileRows = 8;      // rows of a slot of a tiled run
+constexpr u32 kTilePad = 64;      // bytes between them, so that 16-byte reads of neighbouring rows do not conflict
+
+template <u32 SLOTS, u32 SLOT_BYTES>
+struct Ring {
+  alignas(128) char slot[SLOTS][SLOT_BYTES];
+  u64 full[SLOTS], empty[SLOTS];
+  volatile u32 waiting;  // the consumers have nothing to do but wait for an event
+
+  MPK_DEVICE void init() {
+    for (u32 i = 0; i < SLOTS; ++i) {
+#if __CUDA_ARCH__ >= 900
+      ptx::mbarrier_init(&full[i], 1);
+#else
+      ptx::mbarrier_init(&full[i], 32);
+#endif
+      ptx::mbarrier_init(&empty[i], kConsumerWarps);
+    }
+    waiting = 0;
+  }
+};
+
+template <class R>
+MPK_DEVICE bool wait_barrier(R&, u64* bar, u32 parity, Health& h, u32 kind, u32 slot) {
+  Patience patience;
+  bool expired;
+  while (!ptx::mbarrier_test(bar, parity)) {
+    if (patience.give_up(h, expired)) {
+      if (expired) report(h, kind, ~0u, slot, parity, 0);
+      return false;
+    }
+  }
+  return true;
+}
+
+// A role's position in the ring.
+template <u32 SLOTS>
+struct Cursor {
+  u32 index = 0, phase = 0;
+  MPK_DEVICE void next() {
+    if (++index == SLOTS) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Consumer side: `wait` returns the slot's bytes, `release` (one lane per warp counts) hands it back.
+template <class R, u32 SLOTS>
+struct RingReader {
+  R& ring;
+  Health& health;
+  Cursor<SLOTS> at;
+  MPK_DEVICE RingReader(R& r, Health& h) : ring(r), health(h) {}
+  MPK_DEVICE const char* wait() {
+    wait_barrier(ring, &ring.full[at.index], at.phase, health, kRingFill, at.index);
+    return ring.slot[at.index];
+  }
+  MPK_DEVICE void release() {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ring.empty[at.index]);
+    at.next();
+  }
+};
+
+// Loader side.
+template <class R, u32 SLOTS>
+struct RingWriter {
+  R& ring;
+  Health& health;
+  u32 flight, flight_waiting;
+  Cursor<SLOTS> at, landed;
+  u32 in_flight = 0;
+  MPK_DEVICE RingWriter(R& r, Health& h, u32 f, u32 fw) : ring(r), health(h), flight(f), flight_waiting(fw) {}
+
+  MPK_DEVICE bool acquire() {
+    if (!wait_barrier(ring, &ring.empty[at.index], at.phase ^ 1, health, kRingRelease, at.index)) return false;
+    while (in_flight >= (ring.waiting ? flight_waiting : flight))
+      if (!retire()) return false;
+    return true;
+  }
+  MPK_DEVICE bool retire() {
+    if (!wait_barrier(ring, &ring.full[landed.index], landed.phase, health, kRingFill, landed.index)) return false;
+    landed.next();
+    --in_flight;
+    return true;
+  }
+  MPK_DEVICE void issued() {
+    at.next();
+    ++in_flight;
+  }
+  // Copies must have landed before the CTA ends: its shared memory may be another's by then. They always land.
+  MPK_DEVICE void drain() {
+    while (in_flight) {
+      while (!ptx::mbarrier_test(&ring.full[landed.index], landed.phase)) {}
+      landed.next();
+      --in_flight;
+    }
+  }
+};
+
+// Bases of a run are resolved by the lanes of the loader warp, 32 runs at a time; see loader() in megakernel.cuh.
+struct ResolvedRun {
+  const char* base[2];
+  u32 rows, row_bytes, copy, tiled;
+};
+
+#if __CUDA_ARCH__ >= 900
+// One thread issues. Its own instructions are on the critical path: nothing here but adds and compares.
+template <class W>
+MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
+  if (!run.tiled) {
+    const char *a = run.base[0], *b = run.base[1];
+    u32 left = run.rows * run.row_bytes;
+    while (left) {
+      const u32 n = min(left, run.copy);
+      if (!w.acquire()) return false;
+      ptx::mbarrier_expect(&w.ring.full[w.at.index], n);
+      ptx::bulk_copy(w.ring.slot[w.at.index], a, n, &w.ring.full[w.at.index], policy);
+      w.issued();
+      a += n;
+      if (b) {
+        if (!w.acquire()) return false;
+        ptx::mbarrier_expect(&w.ring.full[w.at.index], n);
+        ptx::bulk_copy(w.ring.slot[w.at.index], b, n, &w.ring.full[w.at.index], policy);
+        w.issued();
+        b += n;
+      }
+      left -= n;
+    }
+    return true;
+  }
+  for (u32 column = 0; column < run.row_bytes; column += run.copy) {
+    const u32 n = min(run.copy, run.row_bytes - column);
+    for (u32 row = 0; row < run.rows; row += kTileRows) {
+      const u32 m = min(kTileRows, run.rows - row);
+#pragma unroll
+      for (u32 j = 0; j < 2; ++j) {
+        if (j && !run.base[1]) break;
+        if (!w.acquire()) return false;
+        u64* bar = &w.ring.full[w.at.index];
+        ptx::mbarrier_expect(bar, n * m);
+        const char* from = run.base[j] + static_cast<u64>(row) * run.row_bytes + column;
+        char* to = w.ring.slot[w.at.index];
+        for (u32 r = 0; r < m; ++r, from += run.row_bytes, to += run.copy + kTilePad) ptx::bulk_copy(to, from, n, bar, policy);
+        w.issued();
+      }
+    }
+  }
+  return true;
+}
+#else
+// Targets without bulk copies: the 32 lanes share a slot's 16-byte asynchronous copies.
+template <class W>
+MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64) {
+  const u32 lane = threadIdx.x & 31;
+  const u32 columns = run.tiled ? run.row_bytes : run.rows * run.row_bytes;
+  const u32 rows = run.tiled ? run.rows : 1;
+  for (u32 column = 0; column < columns; column += run.copy) {
+    const u32 n = min(run.copy, columns - column);
+    for (u32 row = 0; row < rows; row += kTileRows) {
+      const u32 m = min(kTileRows, rows - row);
+      for (u32 j = 0; j < 2 && run.base[j]; ++j) {
+        if (!w.acquire()) return false;
+        const char* from = run.base[j] + static_cast<u64>(row) * run.row_bytes + column;
+        char* to = w.ring.slot[w.at.index];
+        for (u32 r = 0; r < m; ++r, from += run.row_bytes, to += run.copy + kTilePad)
+          for (u32 i = lane * 16; i < n; i += 512) ptx::async_copy16(to + i, from + i);
+        ptx::async_copy_arrive(&w.ring.full[w.at.index]);
+        w.issued();
+      }
+    }
+  }
+  return true;
+}
+#endif
+
+}  // namespace mpk

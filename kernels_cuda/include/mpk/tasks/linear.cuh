@@ -1,0 +1,236 @@
+// linear, fp32 FMA body: y[t, n] = sum_k x[t, k] * w[n, k], weights streamed through the ring.
+//
+// A slot is one contiguous copy: whole rows, or one of PIECES equal pieces of a row. A group of WARPS warps owns a row:
+// thread `rank` of the group owns the 16-byte vectors rank, rank + WARPS*32, ... of it, and keeps its slice of x in
+// fp32 registers (one token). So a row is read without bank conflicts and x never goes through shared memory.
+// Sums of 8 rows are reduced over the lanes together (8 rows cost 9 shuffles instead of 40), then over the warps in
+// shared memory by the thread that owns the row. One owner and a fixed order: bit-identical from run to run.
+//
+// N (generated): Element; T, K, JOINT, COPY_BYTES, REDUCTIONS; x(c, t, k, red, out[VECTOR]): the prologue's values at
+// VECTOR consecutive k, given its reductions over k in red; reduction i: term<i>(c, t, k, red, out[VECTOR]) and
+// Combine<i>; unpack(bytes, out[VECTOR]); joint(part): weights of a part; epilogue(c, part, t, n, acc[JOINT]).
+#pragma once
+#include "mpk/group.cuh"
+
+namespace mpk {
+
+template <class N>
+struct LinearShape {
+  static constexpr int VECTOR = 16 / static_cast<int>(sizeof(typename N::Element));  // elements of 16 bytes
+  static constexpr int ROW_BYTES = N::K * static_cast<int>(sizeof(typename N::Element));
+  static constexpr int PIECES = N::COPY_BYTES < ROW_BYTES ? ROW_BYTES / N::COPY_BYTES : 1;
+  static constexpr int SLOT_ROWS = PIECES > 1 ? 1 : N::COPY_BYTES / ROW_BYTES;
+  static constexpr int VECTORS = N::K / VECTOR / PIECES;  // of a row piece
+  static constexpr int WARPS = VECTORS > 128 ? 8 : VECTORS > 64 ? 4 : VECTORS > 32 ? 2 : 1;
+  static constexpr int LANES = WARPS * 32;
+  static constexpr int GROUPS = static_cast<int>(kConsumerWarps) / WARPS;
+  static constexpr int PER_THREAD = (VECTORS + LANES - 1) / LANES;  // vectors a thread owns of a piece
+  static constexpr int GROUP_ROWS = (SLOT_ROWS + GROUPS - 1) / GROUPS;
+  static constexpr int SLOTS = GROUP_ROWS >= 8 ? 1 : 8 / GROUP_ROWS;  // slots (or rows in pieces) per reduction
+  static constexpr int SUMS = SLOTS * GROUP_ROWS;
+  static constexpr int BATCH_ROWS = SLOTS * SLOT_ROWS;
+  static constexpr int BUDGET = 8192 / (N::JOINT * N::T * WARPS * 4);  // rows whose partial sums fit in 8 KiB
+  static constexpr int BLOCK_ROWS = BUDGET < BATCH_ROWS ? BATCH_ROWS : BUDGET / BATCH_ROWS * BATCH_ROWS;
+  static constexpr int PARTIAL_BYTES = BLOCK_ROWS * N::JOINT * N::T * WARPS * 4;
+  static constexpr int SCRATCH = 128 + 2 * PARTIAL_BYTES;  // two blocks, so that one barrier per block suffices
+  static_assert(PIECES > 1 ? PIECES * N::COPY_BYTES == ROW_BYTES : SLOT_ROWS * ROW_BYTES == N::COPY_BYTES, "copies");
+  static_assert(N::T == 1 || N::REDUCTIONS == 0, "with several tokens the prologue is a map");
+  static_assert(VECTORS * VECTOR * PIECES == N::K, "rows are cut into equal pieces of whole vectors");
+};
+
+// Sum v[i] over the 32 lanes for COUNT values at once. The result of value i ends on the lanes where
+// owner(lane) == i; returns it.
+template <int COUNT>
+struct LaneSums {
+  static constexpr int P = COUNT > 4 ? 8 : COUNT > 2 ? 4 : COUNT > 1 ? 2 : 1;
+  MPK_DEVICE static float reduce(const float (&in)[COUNT], int lane, int& owner) {
+    float v[P];
+#pragma unroll
+    for (int i = 0; i < P; ++i) v[i] = i < COUNT ? in[i] : 0.0f;
+    owner = 0;
+#pragma unroll
+    for (int bit = 16, n = P; bit; bit >>= 1) {
+      if (n > 1) {
+        n >>= 1;
+        const bool up = lane & bit;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          const float keep = up ? v[i + n] : v[i], give = up ? v[i] : v[i + n];
+          v[i] = keep + __shfl_xor_sync(~0u, give, bit);
+        }
+        owner += up ? n : 0;
+      } else {
+        v[0] += __shfl_xor_sync(~0u, v[0], bit);
+      }
+    }
+    return v[0];
+  }
+};
+
+template <class N, int I, class Ctx, class Group>
+MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, float* red) {
+  if constexpr (I < N::REDUCTIONS) {
+    using S = LinearShape<N>;
+    using Combine = typename N::template Combine<I>;
+    float total = Combine::identity;
+#pragma unroll
+    for (int p = 0; p < S::PIECES * S::PER_THREAD; ++p) {
+      const int v = p / S::PER_THREAD * S::VECTORS + p % S::PER_THREAD * S::LANES + g.rank;
+      if (p % S::PER_THREAD * S::LANES + g.rank < S::VECTORS) {
+        float x[S::VECTOR];
+        N::template term<I>(c, t, v * S::VECTOR, red, x);
+#pragma unroll
+        for (int i = 0; i < S::VECTOR; ++i) total = Combine::apply(total, x[i]);
+      }
+    }
+    red[I] = g.template reduce<Combine>(total);
+    prologue_reductions<N, I + 1>(c, g, t, red);
+  }
+}
+
+template <class N, class Ctx>
+MPK_DEVICE void linear(Ctx& c) {
+  using S = LinearShape<N>;
+  using E = typename N::Element;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int group = warp / S::WARPS;
+  const WarpsGroup<S::WARPS> g(c.scratch());
+  float* partial[2] = {reinterpret_cast<float*>(c.scratch() + 128), reinterpret_cast<float*>(c.scratch() + 128 + S::PARTIAL_BYTES)};
+  int turn = 0;
+
+  constexpr int OWN = S::PIECES * S::PER_THREAD;
+  float x[OWN][S::VECTOR];
+  auto stage = [&](int t) {  // this thread's slice of token t
+    float red[N::REDUCTIONS + 1];
+    prologue_reductions<N, 0>(c, g, t, red);
+#pragma unroll
+    for (int p = 0; p < OWN; ++p) {
+      const int v = p % S::PER_THREAD * S::LANES + g.rank;
+      if (v < S::VECTORS) N::x(c, t, (p / S::PER_THREAD * S::VECTORS + v) * S::VECTOR, red, x[p]);
+    }
+  };
+  if constexpr (N::T == 1) stage(0);
+
+  const int segments = c.arg(7);
+  for (int s = 0; s < segments; ++s) {
+    const Segment seg = c.ready->segment[s];
+    const int joint = N::joint(seg.part);
+    for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS, turn ^= 1) {
+      const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
+      float* sums = partial[turn];
+      for (int first = 0; first < rows; first += S::BATCH_ROWS) {
+        if constexpr (N::T == 1) {
+          float acc[N::JOINT][S::SUMS];
+#pragma unroll
+          for (int j = 0; j < N::JOINT; ++j)
+#pragma unroll
+            for (int i = 0; i < S::SUMS; ++i) acc[j][i] = 0.0f;
+#pragma unroll
+          for (int slot = 0; slot < S::SLOTS; ++slot) {
+            if (first + slot * S::SLOT_ROWS >= rows) continue;
+#pragma unroll
+            for (int piece = 0; piece < S::PIECES; ++piece)
+#pragma unroll
+              for (int j = 0; j < N::JOINT; ++j) {
+                if (j >= joint) continue;
+                const char* bytes = c.ring.wait();
+#pragma unroll
+                for (int r = 0; r < S::GROUP_ROWS; ++r) {
+                  const int row = group + r * S::GROUPS;
+                  if ((S::SLOT_ROWS % S::GROUPS == 0 || row < S::SLOT_ROWS)) {
+#pragma unroll
+                    for (int p = 0; p < S::PER_THREAD; ++p) {
+                      const int v = p * S::LANES + g.rank;
+                      if (S::VECTORS % S::LANES == 0 || v < S::VECTORS) {
+                        float w[S::VECTOR];
+                        N::unpack(bytes + row * S::ROW_BYTES + v * 16, w);
+#pragma unroll
+                        for (int i = 0; i < S::VECTOR; ++i)
+                          acc[j][slot * S::GROUP_ROWS + r] =
+                              fmaf(w[i], x[piece * S::PER_THREAD + p][i], acc[j][slot * S::GROUP_ROWS + r]);
+                      }
+                    }
+                  }
+                }
+                c.ring.release();
+              }
+          }
+          if (s == segments - 1 && block + first + S::BATCH_ROWS >= seg.rows) c.last_slot_consumed();
+#pragma unroll
+          for (int j = 0; j < N::JOINT; ++j) {
+            if (j >= joint) continue;
+            int owner;
+            const float sum = LaneSums<S::SUMS>::reduce(acc[j], lane, owner);
+            const int row = owner / S::GROUP_ROWS * S::SLOT_ROWS + group + owner % S::GROUP_ROWS * S::GROUPS;
+            constexpr int COPIES = 32 / LaneSums<S::SUMS>::P;  // lanes that hold the same sum
+            if ((lane & (COPIES - 1)) == 0 && owner < S::SUMS && owner % S::GROUP_ROWS * S::GROUPS + group < S::SLOT_ROWS)
+              sums[((first + row) * N::JOINT + j) * S::WARPS + warp % S::WARPS] = sum;
+          }
+        } else {
+          // Several tokens: x is read again for every slot and token (from L1); sums over the pieces of a row gather in
+          // shared memory. General, not fast: bf16 and f16 with several tokens take linear_mma.
+#pragma unroll 1
+          for (int slot = 0; slot < S::SLOTS; ++slot) {
+            if (first + slot * S::SLOT_ROWS >= rows) continue;
+#pragma unroll 1
+            for (int piece = 0; piece < S::PIECES; ++piece)
+#pragma unroll 1
+              for (int j = 0; j < joint; ++j) {
+                const char* bytes = c.ring.wait();
+#pragma unroll 1
+                for (int t = 0; t < N::T; ++t) {
+                  float acc[S::GROUP_ROWS];
+#pragma unroll
+                  for (int r = 0; r < S::GROUP_ROWS; ++r) acc[r] = 0.0f;
+#pragma unroll
+                  for (int p = 0; p < S::PER_THREAD; ++p) {
+                    const int v = p * S::LANES + g.rank;
+                    if (v < S::VECTORS) {
+                      float xs[S::VECTOR];
+                      N::x(c, t, (piece * S::VECTORS + v) * S::VECTOR, nullptr, xs);
+#pragma unroll
+                      for (int r = 0; r < S::GROUP_ROWS; ++r) {
+                        const int row = group + r * S::GROUPS;
+                        if (row < S::SLOT_ROWS) {
+                          float w[S::VECTOR];
+                          N::unpack(bytes + row * S::ROW_BYTES + v * 16, w);
+#pragma unroll
+                          for (int i = 0; i < S::VECTOR; ++i) acc[r] = fmaf(w[i], xs[i], acc[r]);
+                        }
+                      }
+                    }
+                  }
+                  int owner;
+                  const float sum = LaneSums<S::GROUP_ROWS>::reduce(acc, lane, owner);
+                  constexpr int COPIES = 32 / LaneSums<S::GROUP_ROWS>::P;
+                  const int row = group + owner * S::GROUPS;
+                  if ((lane & (COPIES - 1)) == 0 && owner < S::GROUP_ROWS && row < S::SLOT_ROWS) {
+                    float& at = sums[(((first + slot * S::SLOT_ROWS + row) * N::T + t) * N::JOINT + j) * S::WARPS + warp % S::WARPS];
+                    at = piece == 0 ? sum : at + sum;
+                  }
+                }
+                c.ring.release();
+              }
+          }
+          if (s == segments - 1 && block + first + S::BATCH_ROWS >= seg.rows) c.last_slot_consumed();
+        }
+      }
+      c.barrier();
+      for (int i = threadIdx.x; i < rows * N::T; i += kConsumers) {
+        const int row = N::T == 1 ? i : i % rows, t = N::T == 1 ? 0 : i / rows;
+        float y[N::JOINT];
+#pragma unroll
+        for (int j = 0; j < N::JOINT; ++j) {
+          const float* q = sums + ((row * N::T + t) * N::JOINT + j) * S::WARPS;
+          y[j] = 0.0f;
+          if (j < joint)
+#pragma unroll
+            for (int w = 0; w < S::WARPS; ++w) y[j] += q[w];
+        }
+        N::epilogue(c, seg.part, t, seg.row + block + row, y);
+      }
+    }
+  }
+}
+
+}  // namespace mpk

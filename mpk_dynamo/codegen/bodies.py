@@ -1,0 +1,270 @@
+"""The device traits of a node as C++ text. Nodes of different layers with equal text share one task body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import Unsupported
+from ..ir.expr import Expr, Var, acc, cast, linear_terms, reductions
+from ..ir.graph import Attention, Linear, Node, RowMap
+from ..ir.types import Buffer, DType
+from ..ops.row_map import row_dims
+from .expressions import MEMORY_TYPE, REDUCERS, Emitter, Operands, row_function, split_index
+from .geometry import linear_geometry
+
+TEMPLATE = "template <class Ctx>"
+
+
+@dataclass(frozen=True)
+class Body:
+    """text: members of the traits struct. call: device function that takes it. operands: buffer names by slot."""
+
+    op: str
+    call: str
+    text: str
+    operands: tuple[str, ...]
+
+
+def bodies(node: Node, buffers: Mapping[str, Buffer], *, split: bool = False) -> dict[str, Body]:
+    """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines."""
+    if isinstance(node, RowMap):
+        return {"row_map": _row_map(node, buffers)}
+    if isinstance(node, Linear):
+        return {"linear": _linear(node, buffers)}
+    found = {"attention": _attention(node, buffers, split)}
+    if split:
+        found["attention_combine"] = _combine(node, buffers)
+    return found
+
+
+def _store(out: str, index: tuple[Expr, ...], buffers: Mapping[str, Buffer], emitter: Emitter, value: str) -> str:
+    buffer = buffers[out]
+    slot = emitter.operands.slot(out)
+    offset = emitter.offset(buffer, index)
+    return f"store1(c.template pointer<{MEMORY_TYPE[buffer.dtype]}>({slot}) + ({offset}), {value});"
+
+
+def _row_map(node: RowMap, buffers: Mapping[str, Buffer]) -> Body:
+    operands = Operands()
+    rows = row_dims(node)
+    if not reductions(node.body):
+        flat = split_index("e", node.dims)
+        emitter = Emitter(buffers, operands, {v: n for v, (n, _) in flat.items()}, origin=node.origin)
+        value = emitter.emit(node.body)
+        store = _store(node.out, node.store, buffers, emitter, value)
+        decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
+        lines = "\n    ".join([decode, *emitter.lines, store])
+        text = (
+            f"  static constexpr int ROW_THREADS = 0;\n"
+            f"  {TEMPLATE} MPK_DEVICE static void element(Ctx& c, int e) {{\n    {lines}\n  }}\n"
+        )
+        return Body("row_map", "row_map", text, tuple(operands.names))
+    outer, inner = node.dims[:rows], node.dims[rows:]
+    flat = split_index("row", outer)
+    longest = max(r.var.size for r in reductions(node.body))
+    threads = 32 if longest <= 512 else 256
+    function = row_function(
+        "row",
+        tuple((n, v) for v, (n, _) in flat.items()),
+        inner,
+        node.body,
+        lambda names: Emitter(buffers, operands, names, origin=node.origin),
+        lambda emitter, value: _store(node.out, node.store, buffers, emitter, value),
+    )
+    decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
+    text = (
+        f"  static constexpr int ROW_THREADS = {threads};\n"
+        f"  template <class Ctx, class G> MPK_DEVICE static void row(Ctx& c, const G& g, int row) {{\n"
+        f"    {decode}\n    {function}\n  }}\n"
+    )
+    return Body("row_map", "row_map", text, tuple(operands.names))
+
+
+def _linear(node: Linear, buffers: Mapping[str, Buffer]) -> Body:
+    operands = Operands()
+    weight = buffers[node.parts[0].weights[0]]
+    joint = max(len(p.weights) for p in node.parts)
+    for p in node.parts:
+        for w in p.weights:
+            if buffers[w].strides != (node.k.size, 1) or buffers[w].dtype is not weight.dtype:
+                raise Unsupported(f"weight {w} is not a contiguous {weight.dtype.value} matrix", origin=node.origin)
+    geometry = linear_geometry(node.k.size, node.t.size, weight.dtype, joint, node.origin)
+    width = 16 // weight.dtype.itemsize
+    element = MEMORY_TYPE[weight.dtype]
+    lines = [
+        f"  using Element = {element};",
+        f"  static constexpr bool HALF = {'true' if weight.dtype is DType.F16 else 'false'};",
+        f"  static constexpr int T = {node.t.size}, K = {node.k.size}, JOINT = {joint}, COPY_BYTES = {geometry.copy_bytes};",
+    ]
+    # The prologue, a vector of consecutive k at a time. `k` in emitted code is the first of them.
+    found = [r for r in reductions(node.x)]
+    for r in found:
+        if r.var.size != node.k.size or not r.free <= {node.t}:
+            raise Unsupported(f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin)
+    lines.append(f"  static constexpr int REDUCTIONS = {len(found)};")
+    names: dict[Expr, str] = {node.t: "t"}
+
+    def vector(body: Expr, along: Var) -> str:
+        emitter = Emitter(buffers, operands, {**names, along: "k0"}, origin=node.origin)
+        arrays = emitter.vector_loads(body, along, width)
+        inner = emitter.child({along: "k", **{ld: f"{name}[i]" for ld, name in arrays.items()}})
+        # values that do not depend on the column stay outside the loop: the compiler hoists them
+        for key in [key for key in inner.names if along in key.free and key is not along and key not in arrays]:
+            del inner.names[key]
+        value = inner.emit(body)
+        return (
+            f"{' '.join(emitter.lines)}\n#pragma unroll\n    for (int i = 0; i < {width}; ++i) "
+            f"{{ const int k = k0 + i; {' '.join(inner.lines)} out[i] = {value}; }}"
+        )
+
+    terms, combines = [], []
+    for i, r in enumerate(found):
+        terms.append(f"    if constexpr (I == {i}) {{ {vector(r.body, r.var)} }}")
+        combines.append(REDUCERS[r.name])
+        names[r] = f"red[{i}]"
+    if found:
+        lines.append("  template <int I> struct Pick;")
+        lines.append(
+            "  template <int I, class Ctx> MPK_DEVICE static void term(Ctx& c, int t, int k0, const float* red, "
+            f"float (&out)[{width}]) {{\n" + "\n".join(terms) + "\n  }"
+        )
+        chain = "Sum"
+        for i in reversed(range(len(combines))):
+            chain = combines[i] if i == len(combines) - 1 else f"Select<I == {i}, {combines[i]}, {chain}>"
+        lines.append(f"  template <int I> using Combine = {chain};")
+    lines.append(
+        f"  {TEMPLATE} MPK_DEVICE static void x(Ctx& c, int t, int k0, const float* red, float (&out)[{width}]) {{\n    "
+        f"{vector(node.x, node.k)}\n  }}"
+    )
+    lines.append(f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ load_vector_shared<{element}>(p, out); }}")
+    counts = [len(p.weights) for p in node.parts]
+    lines.append(f"  MPK_DEVICE static int joint(u32 part) {{ return {_choose([str(n) for n in counts])}; }}")
+    cases = []
+    for i, p in enumerate(node.parts):
+        emitter = Emitter(
+            buffers, operands, {node.t: "t", p.n: "n", **{acc(j): f"y[{j}]" for j in range(len(p.weights))}}, origin=p.origin
+        )
+        value = emitter.emit(p.epilogue)
+        store = _store(p.out, p.store, buffers, emitter, value)
+        cases.append(f"    if (part == {i}) {{ {' '.join(emitter.lines)} {store} return; }}")
+    lines.append(
+        f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}]) {{\n"
+        + "\n".join(cases)
+        + "\n  }"
+    )
+    return Body("linear", "linear_mma" if geometry.tiled else "linear", "\n".join(lines) + "\n", tuple(operands.names))
+
+
+def _choose(values: list[str]) -> str:
+    if len(set(values)) == 1:
+        return values[0]
+    return f"part == 0 ? {values[0]} : ({' : '.join(f'part == {i} ? {v}' for i, v in enumerate(values[1:-1], 1))}" + (
+        f" : {values[-1]})" if len(values) > 2 else f"{values[-1]})"
+    )
+
+
+def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str) -> None:
+    for e, stride in zip(idx, buffer.strides, strict=True):
+        terms, constant = linear_terms(e)
+        for term, c in terms.items():
+            step = c * stride
+            if (term is d and step != 1) or (term is not d and (d in term.free or step % 8)):
+                raise Unsupported(f"cache {buffer.name} with strides {buffer.strides} is not 16-byte rows of {d.size}", origin=origin)
+        if constant * stride % 8:
+            raise Unsupported(f"cache {buffer.name}: rows do not start at 16-byte boundaries", origin=origin)
+
+
+def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool) -> Body:
+    operands = Operands()
+    keys, values = buffers[node.keys], buffers[node.values]
+    if keys.dtype is not values.dtype or not keys.dtype.is_float or keys.dtype is DType.F64:
+        raise Unsupported(f"cache dtypes {keys.dtype.value}, {values.dtype.value}", origin=node.origin)
+    if node.d.size % 8 or node.d.size > 256:
+        raise Unsupported(f"head size {node.d.size} (a multiple of 8 up to 256 is supported)", origin=node.origin)
+    _contiguous_along(keys, node.key_index, node.d, node.origin)
+    _contiguous_along(values, node.value_index, node.d, node.origin)
+    cache = MEMORY_TYPE[keys.dtype]
+    mask = 0 if node.mask is None else 1 if node.mask.dtype is DType.BOOL else 2
+    lines = [
+        f"  using Cache = {cache};",
+        f"  static constexpr int G = {node.h.size // node.g.size}, H = {node.h.size}, D = {node.d.size}, S = {node.s.size};",
+        f"  static constexpr bool APPEND = {'true' if node.append else 'false'};",
+        f"  static constexpr int MASK = {mask};",
+        f"  static constexpr float SCALE = {node.scale!r}f;",
+    ]
+
+    def make(names: Mapping[Expr, str]) -> Emitter:
+        return Emitter(buffers, operands, names, origin=node.origin)
+
+    def row(name: str, head: Var, body: Expr) -> str:
+        text = row_function(
+            name, (("b", node.b), ("h", head)), (node.d,), cast(body, DType.F32), make,
+            lambda _, value: f"store(x_{node.d.name}, {value});",
+        )
+        return (
+            f"  template <class Ctx, class G_, class Store> MPK_DEVICE static void {name}(Ctx& c, const G_& g, int b, int h, "
+            f"const Store& store) {{\n    using G = G_;\n    {text}\n  }}"
+        )
+
+    def scalar(name: str, result: str, parameters: tuple[tuple[str, Var], ...], body: Expr) -> str:
+        emitter = make({v: n for n, v in parameters})
+        value = emitter.emit(body)
+        args = "".join(f", int {n}" for n, _ in parameters)
+        return f"  {TEMPLATE} MPK_DEVICE static {result} {name}(Ctx& c{args}) {{ {' '.join(emitter.lines)} return {value}; }}"
+
+    def address(name: str, buffer: str, idx: tuple[Expr, ...]) -> str:
+        emitter = make({node.b: "b", node.g: "g", node.s: "s"})
+        slot = operands.slot(buffer)
+        offset = emitter.offset(buffers[buffer], idx, node.d)
+        return (
+            f"  {TEMPLATE} MPK_DEVICE static {cache}* {name}(Ctx& c, int b, int g, int s) {{ {' '.join(emitter.lines)} "
+            f"return c.template pointer<{cache}>({slot}) + ({offset}); }}"
+        )
+
+    lines.append(row("q_row", node.h, node.q))
+    lines.append(address("key_at", node.keys, node.key_index))
+    lines.append(address("value_at", node.values, node.value_index))
+    if node.append:
+        lines.append(row("key_row", node.g, node.append.key))
+        lines.append(row("value_row", node.g, node.append.value))
+        lines.append(scalar("position", "i64", (("b", node.b),), node.append.position))
+        lines.append(address("new_key_at", node.append.keys, node.key_index))
+        lines.append(address("new_value_at", node.append.values, node.value_index))
+    head = (("b", node.b), ("h", node.h), ("s", node.s))
+    if mask == 1:
+        lines.append(scalar("mask_bool", "bool", head, node.mask))
+    if mask == 2:
+        lines.append(scalar("mask_add", "float", head, cast(node.mask, DType.F32)))
+    for name, e, default in (("first", node.first, "0"), ("last", node.last, str(node.s.size))):
+        if e is None:
+            lines.append(f"  {TEMPLATE} MPK_DEVICE static int {name}(Ctx&, int) {{ return {default}; }}")
+        else:
+            lines.append(scalar(name, "int", (("b", node.b),), e))
+    if split:
+        # no store: partial results go to the two buffers that the task names by operand slot
+        lines.append(f"  {TEMPLATE} MPK_DEVICE static void store(Ctx&, int, int, int, float) {{}}")
+        operands.slot(f"{node.name}.partial")
+        operands.slot(f"{node.name}.stats")
+    else:
+        lines.append(_attention_store(node, buffers, operands))
+    return Body("attention", "attention", "\n".join(lines) + "\n", tuple(operands.names))
+
+
+def _attention_store(node: Attention, buffers: Mapping[str, Buffer], operands: Operands) -> str:
+    emitter = Emitter(buffers, operands, {node.b: "b", node.h: "h", node.d: "d"}, origin=node.origin)
+    text = _store(node.out, node.store, buffers, emitter, "value")
+    return f"  {TEMPLATE} MPK_DEVICE static void store(Ctx& c, int b, int h, int d, float value) {{ {' '.join(emitter.lines)} {text} }}"
+
+
+def _combine(node: Attention, buffers: Mapping[str, Buffer]) -> Body:
+    operands = Operands()
+    operands.slot(f"{node.name}.partial")
+    operands.slot(f"{node.name}.stats")
+    lines = [
+        f"  static constexpr int H = {node.h.size}, D = {node.d.size};",
+        _attention_store(node, buffers, operands),
+    ]
+    return Body("attention_combine", "attention_combine", "\n".join(lines) + "\n", tuple(operands.names))
+
+

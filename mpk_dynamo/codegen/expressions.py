@@ -1,0 +1,296 @@
+"""The CUDA renderer of ir.expr: statements that compute an expression, values rounded exactly as the graph says.
+
+Generated code is compiled without contraction (-fmad=false), so that an addition and a multiplication of the graph
+stay two roundings, as in eager; only dot products use explicit fused multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..errors import Unsupported
+from ..ir.expr import Acc, Const, Expr, Load, Op, Reduce, Var, bounds, from_terms, index, linear_terms, loads, op, walk
+from ..ir.types import Buffer, DType
+
+MEMORY_TYPE = {
+    DType.BF16: "bf16", DType.F16: "f16", DType.F32: "float", DType.F64: "double",
+    DType.I64: "i64", DType.I32: "int", DType.U8: "u8", DType.BOOL: "bool",
+}  # fmt: skip
+
+_UNARY_FLOAT = {
+    "neg": "-{0}", "abs": "fabsf({0})", "sqrt": "sqrtf({0})", "rsqrt": "rsqrtf({0})", "exp": "expf({0})",
+    "exp2": "exp2f({0})", "log": "logf({0})", "log2": "log2f({0})", "log1p": "log1pf({0})", "expm1": "expm1f({0})",
+    "sin": "sinf({0})", "cos": "cosf({0})", "tanh": "tanhf({0})", "sigmoid": "1.0f / (1.0f + expf(-{0}))",
+    "erf": "erff({0})", "floor": "floorf({0})", "ceil": "ceilf({0})", "trunc": "truncf({0})", "round": "rintf({0})",
+    "reciprocal": "1.0f / {0}", "relu": "({0} < 0.0f ? 0.0f : {0})", "isnan": "({0} != {0})", "not": "!{0}",
+}  # fmt: skip
+_BINARY_FLOAT = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "pow": "powf({0}, {1})",
+    "max": "Max::apply({0}, {1})", "min": "Min::apply({0}, {1})", "floordiv": "floorf({0} / {1})",
+    "mod": "float_mod({0}, {1})",
+}  # fmt: skip
+_UNARY_INT = {"neg": "-{0}", "abs": "abs({0})", "not": "~{0}", "relu": "({0} < 0 ? 0 : {0})"}
+_BINARY_INT = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "max": "max({0}, {1})", "min": "min({0}, {1})",
+    "and": "{0} & {1}", "or": "{0} | {1}",
+}  # fmt: skip
+_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_INT32 = (-(2**31), 2**31 - 1)
+REDUCERS = {"sum": "Sum", "max": "Max", "min": "Min"}
+
+
+class Operands:
+    """Buffers a task body refers to, numbered by first use: the canonical form under which equal bodies of
+    different layers share code."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def slot(self, buffer: str) -> int:
+        if buffer not in self.names:
+            self.names.append(buffer)
+        return self.names.index(buffer)
+
+
+class Emitter:
+    """Emits statements of one block. `names` maps Vars, and already computed expressions, to C++ identifiers."""
+
+    def __init__(
+        self,
+        buffers: Mapping[str, Buffer],
+        operands: Operands,
+        names: Mapping[Expr, str],
+        *,
+        counter: list[int] | None = None,
+        origin: str = "",
+    ) -> None:
+        self.buffers, self.operands, self.origin = buffers, operands, origin
+        self.names: dict[Expr, str] = dict(names)
+        self.lines: list[str] = []
+        self.counter = counter if counter is not None else [0]
+
+    def child(self, names: Mapping[Expr, str] = {}) -> "Emitter":
+        """A nested block: sees this block's values, its own stay inside."""
+        return Emitter(self.buffers, self.operands, {**self.names, **names}, counter=self.counter, origin=self.origin)
+
+    def emit(self, e: Expr) -> str:
+        """Identifier or literal that holds the value of e in this block."""
+        if isinstance(e, Const):
+            return literal(e)
+        found = self.names.get(e)
+        if found is None:
+            if isinstance(e, (Var, Reduce, Acc)):
+                raise Unsupported(f"the value of {e!r} is not available here", origin=self.origin)
+            name = f"v{self.counter[0]}"
+            self.counter[0] += 1
+            if isinstance(e, Op) and e.name == "where" and any(loads(c) for c in e.children[1:]):
+                self._branch(e, name)
+            else:
+                self.lines.append(f"const {ctype(e)} {name} = {self._value(e)};")
+            found = self.names[e] = name
+        return found
+
+    def _branch(self, e: Op, name: str) -> None:
+        # a load under `where` may be outside its buffer on the other side: never hoist it
+        condition = self.emit(e.children[0])
+        self.lines.append(f"{ctype(e)} {name};")
+        for head, side in ((f"if ({condition})", e.children[1]), ("else", e.children[2])):
+            block = self.child()
+            value = block.emit(side)
+            self.lines.append(f"{head} {{ {' '.join(block.lines)} {name} = {value}; }}")
+
+    def _value(self, e: Expr) -> str:
+        if isinstance(e, Load):
+            return f"load1({self.address(e)})"
+        assert isinstance(e, Op)
+        args = [self.emit(c) for c in e.children]
+        if e.name == "cast":
+            return _cast(args[0], e.children[0].dtype, e.dtype)
+        if e.name == "where":
+            return f"{args[0]} ? {args[1]} : {args[2]}"
+        kind = e.children[0].dtype
+        if e.name in _COMPARE:
+            return f"{args[0]} {_COMPARE[e.name]} {args[1]}"
+        if kind is DType.F32 or kind is DType.F64:
+            text = _UNARY_FLOAT.get(e.name) or _BINARY_FLOAT.get(e.name)
+            if text and kind is DType.F64:
+                text = text.replace("f(", "(").replace(".0f", ".0") if e.name not in ("max", "min", "mod") else None
+        elif kind is DType.BOOL:
+            text = {"not": "!{0}", "and": "{0} && {1}", "or": "{0} || {1}"}.get(e.name)
+        elif e.name in ("floordiv", "mod"):
+            limits = [bounds(c) for c in e.children]
+            plain = all(x is not None and x[0] >= 0 for x in limits)
+            sign = "/" if e.name == "floordiv" else "%"
+            text = f"{{0}} {sign} {{1}}" if plain else f"{'floor_div' if e.name == 'floordiv' else 'floor_mod'}({{0}}, {{1}})"
+        else:
+            text = _UNARY_INT.get(e.name) or _BINARY_INT.get(e.name)
+            if e.name in ("add", "sub", "mul", "max", "min") and ctype(e) == "i64":
+                text = (text or "").replace("{0}", "i64({0})").replace("{1}", "i64({1})")
+        if text is None:
+            raise Unsupported(f"no CUDA form of {e.name} on {kind.value}", origin=self.origin)
+        return text.format(*args)
+
+    def offset(self, buffer: Buffer, idx: tuple[Expr, ...], skip: Var | None = None) -> str:
+        """Element offset of an index; with `skip`, of the index at skip == 0. Indices from data are checked."""
+        affine: Expr = index(0)
+        dynamic: list[str] = []
+        for i, (e, stride) in enumerate(zip(idx, buffer.strides, strict=True)):
+            if bounds(e) is None:
+                dynamic.append(f"c.checked({self.emit(e)}, {buffer.shape[i]}) * {stride}ll")
+            else:
+                affine = op("add", affine, op("mul", e, index(stride)))
+        if skip is not None:
+            terms, constant = linear_terms(affine)
+            if terms.pop(skip, 0) != 1 or any(skip in t.free for t in terms):
+                raise Unsupported(f"{buffer.name} is not contiguous along {skip.name}", origin=self.origin)
+            affine = from_terms(terms, constant)
+        limits = bounds(affine)
+        if limits is not None and (limits[0] < _INT32[0] or limits[1] > _INT32[1]):
+            raise Unsupported(f"{buffer.name} has more than 2**31 elements", origin=self.origin)
+        parts = ([] if affine is index(0) and dynamic else [self.emit(affine)]) + dynamic
+        return " + ".join(parts)
+
+    def address(self, e: Load, skip: Var | None = None) -> str:
+        buffer = self.buffers[e.buffer]
+        slot = self.operands.slot(e.buffer)
+        offset = self.offset(buffer, e.index, skip)
+        return f"c.template pointer<{MEMORY_TYPE[buffer.dtype]}>({slot}) + ({offset})"
+
+    def vector_loads(self, e: Expr, along: Var, width: int) -> dict[Expr, str]:
+        """Emit 16-byte loads for `width` consecutive values of `along` where a Load is contiguous and aligned;
+        returns Load -> array name. Loads under a `where` are left alone."""
+        found: dict[Expr, str] = {}
+        for ld in _unconditional_loads(e):
+            buffer = self.buffers[ld.buffer]
+            if along not in ld.free or not buffer.dtype.is_float or buffer.dtype is DType.F64:
+                continue
+            if not _aligned(ld, buffer, along, width):
+                continue
+            name = f"v{self.counter[0]}"
+            self.counter[0] += 1
+            address = self.address(ld, along)
+            self.lines.append(f"float {name}[{width}]; load_vector({address} + {self.names[along]}, {name});")
+            found[ld] = name
+        return found
+
+
+def _unconditional_loads(e: Expr) -> list[Load]:
+    out: list[Load] = []
+    seen: set[Expr] = set()
+
+    def visit(x: Expr) -> None:
+        if x in seen:
+            return
+        seen.add(x)
+        if isinstance(x, Load):
+            out.append(x)
+        if isinstance(x, Reduce):
+            return
+        children = x.children[:1] if isinstance(x, Op) and x.name == "where" else x.children
+        for child in children:
+            visit(child)
+
+    visit(e)
+    return out
+
+
+def _aligned(ld: Load, buffer: Buffer, along: Var, width: int) -> bool:
+    affine: Expr = index(0)
+    for e, stride in zip(ld.index, buffer.strides, strict=True):
+        if bounds(e) is None:
+            if along in e.free or stride % width:
+                return False
+        else:
+            affine = op("add", affine, op("mul", e, index(stride)))
+    terms, constant = linear_terms(affine)
+    if terms.pop(along, 0) != 1 or constant % width:
+        return False
+    return all(c % width == 0 and along not in t.free for t, c in terms.items())
+
+
+def literal(e: Const) -> str:
+    value = e.value
+    if e.dtype is DType.BOOL:
+        return "true" if value else "false"
+    if e.dtype.is_float:
+        if value != value:
+            return "__builtin_nanf(\"\")"
+        if value in (float("inf"), float("-inf")):
+            return ("-" if value < 0 else "") + "__builtin_huge_valf()"
+        text = f"{value!r}" + ("" if e.dtype is DType.F64 else "f")
+        return f"({text})" if value < 0 else text
+    text = str(value) if _INT32[0] < value <= _INT32[1] else f"{value}ll"
+    return f"({text})" if value < 0 else text
+
+
+def ctype(e: Expr) -> str:
+    """C++ type that holds a value: narrow floats live as rounded fp32, integers as int where the range allows."""
+    if e.dtype in (DType.F32, DType.BF16, DType.F16):
+        return "float"
+    if e.dtype is DType.I64:
+        limits = bounds(e)
+        return "int" if limits is not None and _INT32[0] <= limits[0] and limits[1] <= _INT32[1] else "i64"
+    return {DType.F64: "double", DType.I32: "int", DType.U8: "int", DType.BOOL: "bool"}[e.dtype]
+
+
+def _cast(text: str, source: DType, to: DType) -> str:
+    if to.is_narrow_float:
+        return f"round_to<{MEMORY_TYPE[to]}>(static_cast<float>({text}))"
+    if to is DType.BOOL:
+        return f"({text} != 0)"
+    return f"static_cast<{ {DType.F32: 'float', DType.F64: 'double', DType.I64: 'i64', DType.I32: 'int', DType.U8: 'u8'}[to]}>({text})"
+
+
+def row_function(
+    name: str,
+    parameters: tuple[tuple[str, Var], ...],
+    elements: tuple[Var, ...],
+    body: Expr,
+    make: Callable[[Mapping[Expr, str]], Emitter],
+    store: Callable[[Emitter, str], str],
+) -> str:
+    """A device function over a cooperating group: reductions first (each over the group), then every element.
+
+    parameters: (C++ name, Var) that are arguments. elements: Vars looped over, flattened. store(emitter, value)
+    returns the statement that stores the value, after emitting what it needs.
+    """
+    names: dict[Expr, str] = {v: n for n, v in parameters}
+    lines: list[str] = []
+    for i, r in enumerate(x for x in walk(body) if isinstance(x, Reduce)):
+        if not r.free <= {v for _, v in parameters}:
+            raise Unsupported(f"a reduction inside another depends on its variable: {r!r}"[:300])
+        emitter = make({**names, r.var: "r"})
+        value = emitter.emit(r.body)
+        integer = not (r.dtype.is_float)
+        combine = REDUCERS[r.name] + ("Int" if integer else "")
+        kind = "i64" if integer else "float"
+        lines += [
+            f"{kind} total{i} = {combine}::identity;",
+            f"for (int r = g.rank; r < {r.var.size}; r += G::SIZE) {{ {' '.join(emitter.lines)} "
+            f"total{i} = {combine}::apply(total{i}, {value}); }}",
+            f"total{i} = g.template reduce<{combine}>(total{i});",
+        ]
+        names[r] = f"total{i}"
+    count = 1
+    for v in elements:
+        count *= v.size
+    flat = split_index("e", elements)
+    emitter = make({**names, **{v: n for v, (n, _) in flat.items()}})
+    value = emitter.emit(body)
+    statement = store(emitter, value)
+    decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
+    lines.append(f"for (int e = g.rank; e < {count}; e += G::SIZE) {{ {decode} {' '.join(emitter.lines)} {statement} }}")
+    return "\n    ".join(lines)
+
+
+def split_index(flat: str, variables: tuple[Var, ...]) -> dict[Var, tuple[str, str]]:
+    """Var -> (C++ name, expression of it from a flattened index)."""
+    out: dict[Var, tuple[str, str]] = {}
+    step = 1
+    for position, v in reversed(list(enumerate(variables))):
+        text = flat if step == 1 else f"{flat} / {step}"
+        if position > 0:
+            text = f"({text}) % {v.size}"
+        out[v] = (f"x_{v.name}", text if v.size > 1 else "0")
+        step *= v.size
+    return out
