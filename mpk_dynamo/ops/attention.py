@@ -14,14 +14,16 @@ need not wait for the cache; the task of split 0 also writes the row. Hence cach
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
-from ..ir.expr import Expr, Var, const, render, substitute
+import torch
+
+from ..ir.expr import acc, cast, load, render, substitute
 from ..ir.graph import Attention, Graph
 from ..ir.region import Access, Side
 from ..ir.types import Buffer, BufferKind, DType, buffer
-from .access import Ranges, access_bytes, arithmetic, index_box, read_accesses, write_accesses
+from .access import access_bytes, arithmetic, index_box, read_accesses, write_accesses
+from .evaluate import compile_assignment, compile_exprs, evaluate
 from .spec import Memory, TileSpec, Tiling
 
 MIN_KEYS = 32
@@ -81,7 +83,9 @@ class AttentionOperator:
                 tasks += [self._combine(node, buffers, b, *cuts[i : i + 2], splits) for i in range(per_b)]
         return Tiling(tuple(tasks), extra)
 
-    def _attention(self, node: Attention, buffers: Mapping[str, Buffer], b: int, g: int, split: int, splits: int) -> TileSpec:
+    def _attention(
+        self, node: Attention, buffers: Mapping[str, Buffer], b: int, g: int, split: int, splits: int
+    ) -> TileSpec:
         heads = (g * group_size(node), (g + 1) * group_size(node))
         ranges = {node.b: (b, b + 1), node.h: heads, node.g: (g, g + 1), node.d: (0, node.d.size)}
         shared = [e for e in (node.q, node.mask, node.first, node.last) if e is not None]
@@ -110,7 +114,9 @@ class AttentionOperator:
                 moved += node.d.size * buffers[name].dtype.itemsize
         return TileSpec("attention", (b, g, split, splits), (*rest, *caches), tuple(writes), moved, flops)
 
-    def _combine(self, node: Attention, buffers: Mapping[str, Buffer], b: int, start: int, stop: int, splits: int) -> TileSpec:
+    def _combine(
+        self, node: Attention, buffers: Mapping[str, Buffer], b: int, start: int, stop: int, splits: int
+    ) -> TileSpec:
         partial, stats = partial_names(node)
         at = ((b, b + 1), (start, stop), (0, splits))
         reads = (Access(partial, (*at, (0, node.d.size))), Access(stats, (*at, (0, 2))))
@@ -119,3 +125,188 @@ class AttentionOperator:
         moved = access_bytes((*reads, *writes), buffers)
         flops = (stop - start) * splits * (2 * node.d.size + 4)
         return TileSpec("attention_combine", (b, start, stop), reads, writes, moved, flops)
+
+    def prepare(
+        self, node: Attention, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...]
+    ) -> Callable[[Memory], None]:
+        """A task of either kind as a function of memory."""
+        prepare = self._prepare_attention if op == "attention" else self._prepare_combine
+        return prepare(node, buffers, *tile)
+
+    def run(
+        self, node: Attention, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...], memory: Memory
+    ) -> None:
+        """Execute one task."""
+        self.prepare(node, buffers, op, tile)(memory)
+
+    def _prepare_attention(
+        self, node: Attention, buffers: Mapping[str, Buffer], b: int, g: int, split: int, splits: int
+    ) -> Callable[[Memory], None]:
+        heads, keys = (g * group_size(node), (g + 1) * group_size(node)), node.s.size
+        at_b, at_g, every_d = {node.b: (b, b + 1)}, {node.g: (g, g + 1)}, {node.d: (0, node.d.size)}
+        query = compile_exprs((node.q,), {**at_b, node.h: heads, **every_d}, buffers)
+        cache_loads = [
+            load(name, index, buffers[name].dtype)
+            for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
+        ]
+        caches = compile_exprs(cache_loads, {**at_b, **at_g, node.s: (0, keys), **every_d}, buffers)
+        limits = compile_exprs([e for e in (node.first, node.last) if e is not None], at_b, buffers)
+        mask = None
+        if node.mask is not None:
+            mask = compile_exprs((node.mask,), {**at_b, node.h: heads, node.s: (0, keys)}, buffers)
+        if splits == 1:
+            ranges = {**at_b, node.h: heads, **every_d}
+            finish = compile_assignment(
+                cast(acc(0), buffers[node.out].dtype), node.out, node.store, ranges, buffers, accumulators=1
+            )
+        partial_name, stats_name = partial_names(node)
+        append = node.append
+        if append is not None:
+            appended = compile_exprs((append.key, append.value), {**at_b, **at_g, **every_d}, buffers)
+            position = compile_exprs((append.position,), at_b, buffers)
+            rows = [
+                compile_assignment(
+                    cast(acc(0), buffers[name].dtype),
+                    name,
+                    tuple(substitute(i, {node.s: append.position}) for i in index),
+                    {**at_b, **at_g, **every_d},
+                    buffers,
+                    accumulators=1,
+                )
+                for name, index in ((append.keys, node.key_index), (append.values, node.value_index))
+            ]
+
+        def task(memory: Memory) -> None:
+            device = memory[node.out].device
+            bound = iter(int(v) for v in limits(memory, (), device))
+            first = next(bound) if node.first is not None else 0
+            last = next(bound) if node.last is not None else keys - 1
+            start, stop = key_range(first, last, keys, split, splits)
+            q = query(memory, (), device)[0].expand(1, group_size(node), node.d.size)[0].float()
+            # a copy even when the cache is f32: the appended row is put into it
+            k, v = (c[0, 0, start:stop].to(torch.float32, copy=True) for c in caches(memory))
+            if append is not None:
+                new = [r.expand(1, 1, node.d.size).float() for r in appended(memory, (), device)]
+                at = int(position(memory, (), device)[0])
+                if start <= at < stop:
+                    k[at - start], v[at - start] = new[0][0, 0], new[1][0, 0]
+            score = (q @ k.T) * node.scale
+            if mask is not None:
+                score = apply_mask(score, mask(memory, (), device)[0].expand(1, -1, keys)[0, :, start:stop])
+            top, weight, total = softmax_parts(score)
+            v.masked_fill_((weight == 0).all(0).unsqueeze(1), 0.0)  # what an ignored key holds, even NaN, is no matter
+            result = weight @ v
+            if splits == 1:
+                finish(memory, [divide(result, total).unsqueeze(0)])
+            else:
+                memory[partial_name][b, heads[0] : heads[1], split] = result
+                memory[stats_name][b, heads[0] : heads[1], split] = torch.cat((top, total), 1)
+            if append is not None and split == 0:
+                for row, value in zip(rows, new, strict=True):
+                    row(memory, [value])
+
+        return task
+
+    def _prepare_combine(
+        self, node: Attention, buffers: Mapping[str, Buffer], b: int, start: int, stop: int
+    ) -> Callable[[Memory], None]:
+        partial_name, stats_name = partial_names(node)
+        ranges = {node.b: (b, b + 1), node.h: (start, stop), node.d: (0, node.d.size)}
+        finish = compile_assignment(
+            cast(acc(0), buffers[node.out].dtype), node.out, node.store, ranges, buffers, accumulators=1
+        )
+
+        def task(memory: Memory) -> None:
+            partial, stats = memory[partial_name][b, start:stop], memory[stats_name][b, start:stop]
+            top, total = stats[..., 0], stats[..., 1]
+            _, weight, _ = softmax_parts(top)
+            result = (weight.unsqueeze(-1) * partial).sum(1)
+            finish(memory, [divide(result, (weight * total).sum(1, keepdim=True)).unsqueeze(0)])
+
+        return task
+
+    def oracle(self, node: Attention, buffers: Mapping[str, Buffer], memory: Memory) -> None:
+        """Softmax over all keys of all heads at once, on copies of the caches with the new row in place."""
+        over_b, over_g = {node.b: (0, node.b.size)}, {node.g: (0, node.g.size)}
+        over_h, over_d = {node.h: (0, node.h.size)}, {node.d: (0, node.d.size)}
+        over_s = {node.s: (0, node.s.size)}
+        batch, keys, depth = node.b.size, node.s.size, node.d.size
+        q = evaluate(node.q, {**over_b, **over_h, **over_d}, memory).float().expand(batch, node.h.size, depth)
+        key_shape = (batch, node.g.size, keys, depth)
+        k, v = (
+            evaluate(load(name, index, buffers[name].dtype), {**over_b, **over_g, **over_s, **over_d}, memory)
+            .float().expand(key_shape).clone()
+            for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
+        )
+        if node.append is not None:
+            at = evaluate(node.append.position, over_b, memory).expand(batch).tolist()
+            rows = [
+                evaluate(e, {**over_b, **over_g, **over_d}, memory).expand(batch, node.g.size, depth).clone()
+                for e in (node.append.key, node.append.value)
+            ]
+            places = ((node.append.keys, node.key_index, k), (node.append.values, node.value_index, v))
+            for (name, index, copy), row in zip(places, rows, strict=True):
+                for i, s in enumerate(at):
+                    copy[i, :, s] = row[i].float()
+                    ranges = {node.b: (i, i + 1), **over_g, node.s: (s, s + 1), **over_d}
+                    where = tuple(
+                        evaluate(e, ranges, memory).expand(1, node.g.size, 1, depth)[0, :, 0] for e in index
+                    )
+                    memory[name][where] = row[i]
+        group = node.h.size // node.g.size
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        score = torch.einsum("bhd,bhsd->bhs", q, k) * node.scale
+        if node.mask is not None:
+            mask = evaluate(node.mask, {**over_b, **over_h, **over_s}, memory).expand(score.shape)
+            score = score.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else score + mask.float()
+        s = torch.arange(keys, device=score.device)
+        for limit, dead in ((node.first, s.lt), (node.last, s.gt)):
+            if limit is not None:
+                edge = evaluate(limit, over_b, memory).expand(batch)
+                score = score.masked_fill(torch.stack([dead(int(e)) for e in edge])[:, None], -torch.inf)
+        weight = torch.softmax(score, -1).nan_to_num(0.0)  # no live key at all: zeros
+        result = torch.einsum("bhs,bhsd->bhd", weight, v)
+        ranges = {**over_b, **over_h, **over_d}
+        where = tuple(evaluate(e, ranges, memory).expand(result.shape) for e in node.store)
+        memory[node.out][where] = result.to(memory[node.out].dtype)
+
+    def at_position(
+        self, node: Attention, buffers: Mapping[str, Buffer], access: Access, memory: Memory
+    ) -> torch.Tensor:
+        """Which elements of `access.box` lie at its partition's position: bool, shaped like the box.
+
+        For checking tools. Raises ValueError for a partition this node does not have."""
+        if node.append is None or access.partition != render(node.append.position):
+            raise ValueError(f"{node.name} has no partition {access.partition!r}")
+        of_keys = access.buffer in (node.keys, node.append.keys)
+        index = node.key_index if of_keys else node.value_index
+        out = torch.zeros([stop - start for start, stop in access.box], dtype=torch.bool)
+        at = evaluate(node.append.position, {node.b: (0, node.b.size)}, memory).expand(node.b.size).tolist()
+        for b, s in enumerate(at):
+            ranges = {node.b: (b, b + 1), node.g: (0, node.g.size), node.s: (s, s + 1), node.d: (0, node.d.size)}
+            box = index_box(index, buffers[access.buffer].shape, ranges)
+            inside = [(max(a, c) - a, min(z, e) - a) for (a, z), (c, e) in zip(access.box, box, strict=True)]
+            if all(start < stop for start, stop in inside):
+                out[tuple(slice(start, stop) for start, stop in inside)] = True
+        return out
+
+
+def apply_mask(score: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores under a mask: bool, False ignores the key; float, added."""
+    return score.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else score + mask.float()
+
+
+def softmax_parts(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(m, exp(score - m), its sum) over the last dimension, m and the sum with one column. Without a score above
+    -inf: -inf, zeros, 0."""
+    if score.shape[-1] == 0:
+        empty = score.new_zeros((*score.shape[:-1], 1))
+        return empty - torch.inf, score, empty
+    top = score.amax(-1, keepdim=True)
+    weight = torch.exp(score - top.masked_fill(top == -torch.inf, 0.0))
+    return top, weight, weight.sum(-1, keepdim=True)
+
+
+def divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Quotient, 0 where the denominator is 0."""
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

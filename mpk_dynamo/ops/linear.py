@@ -7,16 +7,21 @@ when there are several tokens, the tensor-core tile), since a decode step is bou
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
+
+import torch
 
 from ..ir.graph import Graph, Linear, LinearPart
 from ..ir.region import Access
 from ..ir.types import Buffer
 from .access import access_bytes, arithmetic, read_accesses, write_accesses
+from .evaluate import compile_assignment, compile_exprs, evaluate
 from .spec import Memory, TileSpec, Tiling
 
 TENSOR_CORE_ROWS = 8
+
+CACHED_WEIGHTS = 1 << 18
+"""Weights converted to f32 at a time by `run`: 1 MiB, so that the copy stays in a core's cache."""
 
 Segment = tuple[int, int, int]
 """(part, first row, rows)"""
@@ -117,3 +122,50 @@ class LinearOperator:
             tile = tuple(i for segment in task for i in segment)
             tasks.append(TileSpec("linear", tile, tuple(reads), tuple(writes), moved, flops))
         return Tiling(tuple(tasks))
+
+    def prepare(
+        self, node: Linear, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...]
+    ) -> Callable[[Memory], None]:
+        """The task of a tile's segments as a function of memory."""
+        tokens = (0, node.t.size)
+        prologue = compile_exprs((node.x,), {node.t: tokens, node.k: (0, node.k.size)}, buffers)
+        shape = (node.t.size, node.k.size)
+        work = []
+        for which, row, rows in segments(tile):
+            part = node.parts[which]
+            ranges = {node.t: tokens, part.n: (row, row + rows)}
+            store = compile_assignment(part.epilogue, part.out, part.store, ranges, buffers, len(part.weights))
+            work.append((part.weights, row, row + rows, store))
+
+        def task(memory: Memory) -> None:
+            x = prologue(memory)[0].expand(shape).float()
+            for weights, start, stop, store in work:
+                store(memory, [multiply(x, memory[w], start, stop) for w in weights])
+
+        return task
+
+    def run(self, node: Linear, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...], memory: Memory) -> None:
+        """Execute one task."""
+        self.prepare(node, buffers, op, tile)(memory)
+
+    def oracle(self, node: Linear, buffers: Mapping[str, Buffer], memory: Memory) -> None:
+        """One matrix product per weight."""
+        x = evaluate(node.x, {node.t: (0, node.t.size), node.k: (0, node.k.size)}, memory).float()
+        x = x.expand(node.t.size, node.k.size)
+        for part in node.parts:
+            ranges, sizes = {node.t: (0, node.t.size), part.n: (0, part.rows)}, (node.t.size, part.rows)
+            accumulators = [torch.nn.functional.linear(x, memory[w].float()) for w in part.weights]
+            value = evaluate(part.epilogue, ranges, memory, accumulators).expand(sizes).clone()
+            memory[part.out][tuple(evaluate(e, ranges, memory).expand(sizes) for e in part.store)] = value
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """x [T, K] in f32 times rows [start, stop) of a weight [N, K], accumulated in f32: [T, stop - start] f32."""
+    rows = max(1, CACHED_WEIGHTS // x.shape[1])
+    if weight.dtype is torch.float32 or stop - start <= rows:
+        return x @ weight[start:stop].float().T
+    out = x.new_empty((x.shape[0], stop - start))
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        out[:, first - start : last - start] = x @ weight[first:last].float().T
+    return out

@@ -7,15 +7,15 @@ because a node that shifts a tensor in place overwrites what it reads.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 
 from ..ir.expr import Var, loads, reductions
 from ..ir.graph import Graph, RowMap
-from ..ir.region import Access, Box
+from ..ir.region import Access
 from ..ir.types import Buffer
 from .access import access_bytes, arithmetic, flat_range_boxes, gathered_bytes, read_accesses, write_accesses
+from .evaluate import Assignment, compile_assignment, evaluate
 from .spec import Memory, TileSpec, Tiling
 
 MIN_ELEMENTS = 256
@@ -79,3 +79,35 @@ class RowMapOperator:
             moved += min(elements * buffers[node.out].dtype.itemsize, access_bytes(stored, buffers))
             flops += arithmetic(exprs, ranges)
         return TileSpec("row_map", (start, stop), tuple(reads), tuple(writes), moved, flops)
+
+    def prepare(
+        self, node: RowMap, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...]
+    ) -> Callable[[Memory], None]:
+        """The task of rows tile[0] to tile[1] as a function of memory."""
+        parts = [self._assign(node, ranges, buffers) for ranges in row_ranges(node, *tile)]
+        if len(parts) == 1 and not shifts_in_place(node, buffers):
+            return parts[0]
+
+        def task(memory: Memory) -> None:
+            # clone: a value may be a view of what another part overwrites
+            computed = [[value.clone(), *index] for value, *index in (p.compute(memory) for p in parts)]
+            for part, values in zip(parts, computed, strict=True):
+                part.commit(memory, values)
+
+        return task
+
+    @staticmethod
+    def _assign(node: RowMap, ranges: dict[Var, tuple[int, int]], buffers: Mapping[str, Buffer]) -> Assignment:
+        return compile_assignment(node.body, node.out, node.store, ranges, buffers)
+
+    def run(self, node: RowMap, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...], memory: Memory) -> None:
+        """Execute one task."""
+        self.prepare(node, buffers, op, tile)(memory)
+
+    def oracle(self, node: RowMap, buffers: Mapping[str, Buffer], memory: Memory) -> None:
+        """All elements at once, stored through index tensors."""
+        ranges = {v: (0, v.size) for v in node.dims}
+        sizes = tuple(v.size for v in node.dims)
+        value = evaluate(node.body, ranges, memory).expand(sizes).clone()
+        index = tuple(evaluate(e, ranges, memory).expand(sizes) for e in node.store)
+        memory[node.out][index] = value

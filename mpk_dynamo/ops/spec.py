@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +44,13 @@ class Operator(Protocol):
 
     def tile(self, node: Node, graph: Graph, workers: int) -> Tiling:
         """Cut the node into tasks for `workers` equal workers. Every task declares what it reads and writes."""
+        ...
+
+    def prepare(
+        self, node: Node, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...]
+    ) -> Callable[[Memory], None]:
+        """A function that executes one task on memory: what `run` does, with the work that does not depend on
+        memory done once."""
         ...
 
     def run(self, node: Node, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...], memory: Memory) -> None:
