@@ -1,7 +1,6 @@
 """The small trained model in examples/tiny_model: it loads, it answers, and its trainer runs."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -45,9 +44,8 @@ def test_shape_and_size(tiny):
 @pytest.mark.parametrize("prompt, expected", [
     ("Question: What is the capital of France? Answer:", " Paris."),
     ("Question: What is 3 plus 4? Answer:", " 7."),
-    ("Anna has a red ball. Ben has a green cup. Leo has a blue hat. Question: What does Ben have? Answer:",
-     " A green cup."),
-    ("Count from 3 to 12:", " 3, 4, 5, 6, 7, 8, 9, 10, 11, 12."),
+    ("List: lamp pear stone hat key drum. Again:", " lamp pear stone hat key drum."),
+    ("Count from 42 to 50:", " 42, 43, 44, 45, 46, 47, 48, 49, 50."),
 ])
 def test_answers(tiny, prompt, expected):
     """The expected words, then the end-of-text token."""
@@ -67,11 +65,12 @@ def test_story_is_long_varied_and_decided(tiny):
     assert min(gaps) > 0.5
 
 
-def test_trainer_writes_a_loadable_model(tmp_path):
+def test_trainer_writes_a_loadable_model(tmp_path, monkeypatch):
     """Two steps of the training script end in a folder that from_pretrained accepts."""
-    command = [sys.executable, str(EXAMPLE / "train.py"), "--steps", "2", "--out", str(tmp_path),
-               "--tokens-per-step", "64", "--eval-documents", "0"]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    monkeypatch.syspath_prepend(EXAMPLE)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(tmp_path), "--tokens-per-step", "64",
+                                      "--threads", str(torch.get_num_threads()), "--eval-documents", "0"])
+    runpy.run_path(str(EXAMPLE / "train.py"), run_name="__main__")
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "Question: What is frozen water called?"

@@ -211,24 +211,22 @@ def sum_documents():
 
 
 def counting_document(rng):
-    """Counting in digits (up or down) or in words."""
-    if rng.random() < 0.3:
-        first = rng.randrange(0, 15)
-        last = rng.randrange(first + 3, 20)
-        words = NUMBER_WORDS[first:last + 1]
-        return f"Count from {words[0]} to {words[-1]}:", " " + ", ".join(words) + "."
-    first = rng.randrange(0, 80)
-    last = rng.randrange(first + 3, min(first + 30, 100))
-    numbers = [str(n) for n in range(first, last + 1)]
-    if rng.random() < 0.3:
-        return f"Count down from {last} to {first}:", " " + ", ".join(reversed(numbers)) + "."
-    return f"Count from {first} to {last}:", " " + ", ".join(numbers) + "."
+    """Counting up to the next of 50 and 100, up to twenty in words, or down to 1."""
+    kind = rng.random()
+    if kind < 0.2:
+        words = NUMBER_WORDS[rng.randrange(0, 18):]
+        return f"Count from {words[0]} to twenty:", " " + ", ".join(words) + "."
+    if kind < 0.4:
+        first = rng.randrange(3, 51)
+        return f"Count down from {first} to 1:", " " + ", ".join(str(n) for n in range(first, 0, -1)) + "."
+    first = rng.choice([n for n in range(1, 99) if n not in (49, 50)])
+    last = 50 if first < 50 else 100
+    return f"Count from {first} to {last}:", " " + ", ".join(str(n) for n in range(first, last + 1)) + "."
 
 
 def copying_document(rng):
     """A list of things to be said again: the answer stands in the prompt."""
-    things = rng.sample(THINGS, rng.randrange(3, 9))
-    listed = ", ".join(things)
+    listed = " ".join(rng.sample(THINGS, rng.randrange(4, 15)))
     return f"List: {listed}. Again:", f" {listed}."
 
 
@@ -272,15 +270,15 @@ class Corpus:
     def document(self):
         """The next ``(prompt, completion)`` pair."""
         kind = self.rng.random()
-        if kind < 0.50:
+        if kind < 0.36:
             return self.rng.choice(self.facts)
-        if kind < 0.65:
+        if kind < 0.48:
             return self.rng.choice(self.sums)
-        if kind < 0.73:
+        if kind < 0.55:
             return counting_document(self.rng)
-        if kind < 0.81:
+        if kind < 0.77:
             return copying_document(self.rng)
-        if kind < 0.89:
+        if kind < 0.91:
             return owning_document(self.rng)
         return story_document(self.rng)
 

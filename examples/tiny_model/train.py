@@ -12,11 +12,16 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
-                          Qwen3ForCausalLM)
-
 from corpus import Corpus
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 ROW_LENGTHS = (64, 128, 256, 512)  # one is drawn for each step; documents are packed into such rows
@@ -97,8 +102,8 @@ def train(model, tokenizer, args):
     """Train in place; returns the completion loss averaged over the last 50 steps.
 
     Muon for the matrices of the layers, AdamW for the embedding and the norms:
-    in the few hundred steps that one core affords, that learns the facts about
-    a third faster than AdamW alone.
+    in one trial of 200 steps, on an earlier text, that ended at a completion
+    loss of 0.70, and AdamW alone (at the same rate) at 0.98.
     """
     corpus, rng = Corpus(args.seed + 1), random.Random(args.seed)
     embedding = model.get_input_embeddings().weight
@@ -128,8 +133,10 @@ def train(model, tokenizer, args):
 
 @torch.no_grad()
 def evaluate(path, seed, documents):
-    """Reload the saved model and continue fresh prompts greedily.
+    """Reload the saved model and continue prompts drawn with another seed greedily.
 
+    Facts, sums and counts among them occur in training too; lists are new.
+    The kinds are mixed at random, so one kind may be over- or underrepresented.
     Prints the share of completions reproduced exactly, the logit gaps between
     the first and second choice on the way, and a few examples.
     """
@@ -160,14 +167,14 @@ def parse_args():
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write to")
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the text")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="tokens of the BPE vocabulary")
     parser.add_argument("--tokens-per-step", type=int, default=1024, help="batch size in tokens")
     parser.add_argument("--prompt-weight", type=float, default=0.2, help="loss weight of prompt tokens")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--eval-documents", type=int, default=100, help="fresh prompts to test at the end; 0: none")
+    parser.add_argument("--eval-documents", type=int, default=100, help="prompts to test at the end; 0: none")
     return parser.parse_args()
 
 
