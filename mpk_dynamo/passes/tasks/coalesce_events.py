@@ -50,15 +50,14 @@ def _share_with_leaves(tg: TaskGraph) -> list[_Pair]:
         return [(e.producers, e.waiters) for e in tg.events]
     closed = closures(tg)
     waiters = {e.id: e.waiters for e in tg.events}
-    kept = {e.id for e in tg.events} - {e.id for e in leaves}
-    by_completion = sorted(kept, key=lambda e: (tg.events[e].producers[-1], e))
+    by_completion = sorted(tg.events, key=lambda e: (e.producers[-1], e.id))
     for leaf in leaves:
         needed = sum(1 << p for p in leaf.producers)
         for other in by_completion:
-            if tg.events[other].producers[-1] >= leaf.waiters[0]:
+            if other.producers[-1] >= waiters[leaf.id][0]:
                 break
-            if closed[other] & needed == needed:
-                waiters[other] = tuple(sorted((*waiters[other], *waiters.pop(leaf.id))))
+            if other is not leaf and other.id in waiters and closed[other.id] & needed == needed:
+                waiters[other.id] = tuple(sorted((*waiters[other.id], *waiters.pop(leaf.id))))
                 break
     return [(tg.events[e].producers, tasks) for e, tasks in waiters.items()]
 
