@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .targets import Target
 
 REFERENCE_WORKERS = 8
+"""Simulated workers of the reference executor: enough for every kind of event, few enough to be quick."""
 
 
 def compile_graph(
@@ -33,17 +34,15 @@ def compile_graph(
     """
     device = _device_of(example_inputs)
     on_gpu = _runs_on_gpu(device, settings)
-    target = _target_of(device, settings) if on_gpu else None
+    target = _target_of(device, settings) if on_gpu else _reference_target(settings)
     dump = Dump(settings.dump_dir, gm, report)
     captured = capture_graph(gm, example_inputs, report, dump)
-    workers = settings.workers or (target.sm_count if target else REFERENCE_WORKERS)
-    schedule = lower(captured.graph, workers, target, report, dump)
-    if target is None:
-        from .reference.callable import ReferenceCallable
-
+    schedule = lower(captured.graph, settings.workers or target.sm_count, target, report, dump)
+    if not on_gpu:
+        compiled = _interpret(captured, schedule, report)
         report.outcome, report.device = "reference", str(device)
         dump.report(report)
-        return ReferenceCallable(captured, schedule, report)
+        return compiled
     program = emit(schedule, target, report, dump)
     compiled = _load(captured, program, target, device, settings, report)
     report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
@@ -65,8 +64,8 @@ def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], repor
     return captured
 
 
-def lower(graph: "Graph", workers: int, target: "Target | None", report: Report, dump: Dump) -> "Schedule":
-    """A captured Graph as a verified Schedule for `workers` workers. `target` None: for the reference executor."""
+def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: Dump) -> "Schedule":
+    """A captured Graph as a verified Schedule for `workers` workers of `target`."""
     from .passes.graph import PASSES
     from .passes.schedule import schedule as make_schedule
     from .passes.tasks import derive_events, tile
@@ -119,6 +118,12 @@ def build(program: "Program", target: "Target", settings: Settings, report: Repo
     return artifact
 
 
+def _interpret(captured: "Captured", schedule: "Schedule", report: Report) -> Callable[..., Any]:
+    from .reference_callable import ReferenceCallable
+
+    return ReferenceCallable(captured, schedule, report)
+
+
 def _load(
     captured: "Captured", program: "Program", target: "Target", device: torch.device, settings: Settings, report: Report
 ) -> Callable[..., Any]:
@@ -152,6 +157,12 @@ def _runs_on_gpu(device: torch.device, settings: Settings) -> bool:
     if settings.device == "cuda" and device.type != "cuda":
         raise OptionError(f"option 'device' is 'cuda', but the inputs are on {device}", remedy="move the model to CUDA")
     return device.type == "cuda" and settings.device != "reference"
+
+
+def _reference_target(settings: Settings) -> "Target":
+    from .targets import reference_target
+
+    return reference_target(settings.workers or REFERENCE_WORKERS)
 
 
 def _target_of(device: torch.device, settings: Settings) -> "Target":

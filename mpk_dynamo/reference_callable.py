@@ -1,0 +1,37 @@
+"""The callable that torch.compile gets for CPU tensors: the reference executor behind the graph's own signature."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .reference import Executor
+from .report import Report
+
+if TYPE_CHECKING:
+    from .capture import Captured
+    from .ir.schedule import Schedule
+
+
+class ReferenceCallable:
+    """Takes the graph's example inputs in their order and returns what the graph returns, as a tuple.
+
+    The caller's tensors are read and, where the graph mutates them, written in place; where the graph hands one
+    back, the same object is returned.
+    """
+
+    def __init__(self, captured: "Captured", schedule: "Schedule", report: Report) -> None:
+        self._executor = Executor(schedule)
+        self._arguments = tuple(captured.arguments.items())
+        self._constants = captured.constants
+        self._report = report
+        graph = schedule.tasks.graph
+        self._outputs = tuple(
+            (o.constant, graph.buffers[o.buffer].storage if o.buffer is not None else None) for o in graph.outputs
+        )
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        tensors = {storage: args[position] for storage, position in self._arguments}
+        tensors.update(self._constants)
+        results = {**tensors, **self._executor(tensors)}
+        self._report.calls += 1
+        return tuple(constant if storage is None else results[storage] for constant, storage in self._outputs)

@@ -1,0 +1,1 @@
+"""The command line: `python -m mpk_dynamo explain|bench|options`."""
