@@ -115,7 +115,7 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer]) -> Body:
         value = inner.emit(body)
         return (
             f"{' '.join(emitter.lines)}\n#pragma unroll\n    for (int i = 0; i < {width}; ++i) "
-            f"{{ const int k = k0 + i; {' '.join(inner.lines)} out[i] = {value}; }}"
+            f"{{ [[maybe_unused]] const int k = k0 + i; {' '.join(inner.lines)} out[i] = {value}; }}"
         )
 
     terms, combines = [], []

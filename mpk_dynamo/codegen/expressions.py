@@ -214,9 +214,9 @@ def literal(e: Const) -> str:
         return "true" if value else "false"
     if e.dtype.is_float:
         if value != value:
-            return "__builtin_nanf(\"\")"
+            return "__int_as_float(0x7fc00000)"
         if value in (float("inf"), float("-inf")):
-            return ("-" if value < 0 else "") + "__builtin_huge_valf()"
+            return ("-" if value < 0 else "") + "infinity()"
         text = f"{value!r}" + ("" if e.dtype is DType.F64 else "f")
         return f"({text})" if value < 0 else text
     text = str(value) if _INT32[0] < value <= _INT32[1] else f"{value}ll"
@@ -265,7 +265,7 @@ def row_function(
         combine = REDUCERS[r.name] + ("Int" if integer else "")
         kind = "i64" if integer else "float"
         lines += [
-            f"{kind} total{i} = {combine}::identity;",
+            f"{kind} total{i} = {combine}::identity();",
             f"for (int r = g.rank; r < {r.var.size}; r += G::SIZE) {{ {' '.join(emitter.lines)} "
             f"total{i} = {combine}::apply(total{i}, {value}); }}",
             f"total{i} = g.template reduce<{combine}>(total{i});",

@@ -5,28 +5,28 @@
 namespace mpk {
 
 struct Sum {
-  static constexpr float identity = 0.0f;
+  MPK_DEVICE static float identity() { return 0.0f; }
   MPK_DEVICE static float apply(float a, float b) { return a + b; }
 };
 struct Max {
-  static constexpr float identity = -__builtin_huge_valf();
+  MPK_DEVICE static float identity() { return -infinity(); }
   MPK_DEVICE static float apply(float a, float b) { return a < b || b != b ? b : a; }  // NaN wins, as in torch
 };
 struct Min {
-  static constexpr float identity = __builtin_huge_valf();
+  MPK_DEVICE static float identity() { return infinity(); }
   MPK_DEVICE static float apply(float a, float b) { return a > b || b != b ? b : a; }
 };
 // The same over integers (live key ranges and the like).
 struct SumInt {
-  static constexpr i64 identity = 0;
+  MPK_DEVICE static i64 identity() { return 0; }
   MPK_DEVICE static i64 apply(i64 a, i64 b) { return a + b; }
 };
 struct MaxInt {
-  static constexpr i64 identity = -(1ll << 62);
+  MPK_DEVICE static i64 identity() { return -(1ll << 62); }
   MPK_DEVICE static i64 apply(i64 a, i64 b) { return a < b ? b : a; }
 };
 struct MinInt {
-  static constexpr i64 identity = 1ll << 62;
+  MPK_DEVICE static i64 identity() { return 1ll << 62; }
   MPK_DEVICE static i64 apply(i64 a, i64 b) { return a > b ? b : a; }
 };
 

@@ -7,6 +7,8 @@ namespace mpk {
 using u16 = unsigned short;
 using u8 = unsigned char;
 using i64 = long long;
+MPK_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
 

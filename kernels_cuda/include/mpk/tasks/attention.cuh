@@ -70,7 +70,7 @@ MPK_DEVICE void attention(Ctx& c) {
     float q[S::HEADS][8], o[S::HEADS][8], m[S::HEADS], l[S::HEADS];
 #pragma unroll
     for (int h = 0; h < S::HEADS; ++h) {
-      m[h] = -__builtin_huge_valf();
+      m[h] = -infinity();
       l[h] = 0.0f;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
@@ -111,7 +111,7 @@ MPK_DEVICE void attention(Ctx& c) {
           if constexpr (N::MASK == 2) {
             if (!dead) score += N::mask_add(c, b, g * N::G + min(h0 + h, N::G - 1), s);
           }
-          if (!dead && score > -__builtin_huge_valf() || score != score && !dead) {
+          if (!dead && score != -infinity()) {
             const float top = fmaxf(m[h], score);
             const float keep = ptx::exp2_approx((m[h] - top) * kLog2e), p = ptx::exp2_approx((score - top) * kLog2e);
             l[h] = l[h] * keep + p;
@@ -155,7 +155,7 @@ MPK_DEVICE void attention(Ctx& c) {
     for (int i = threadIdx.x; i < S::HEADS * D; i += kConsumers) {
       const int h = i / D, d = i % D, head = g * N::G + h0 + h;
       if (h0 + h >= N::G) continue;
-      float top = -__builtin_huge_valf();
+      float top = -infinity();
 #pragma unroll
       for (int w = 0; w < W; ++w) top = fmaxf(top, merge[(w * S::HEADS + h) * (D + 2)]);
       float sum = 0.0f, out = 0.0f;
@@ -190,7 +190,7 @@ MPK_DEVICE void attention_combine(Ctx& c) {
   constexpr float kLog2e = 1.4426950408889634f;
   for (int i = threadIdx.x; i < (h1 - h0) * N::D; i += kConsumers) {
     const int h = h0 + i / N::D, d = i % N::D, at = (b * N::H + h) * splits;
-    float top = -__builtin_huge_valf();
+    float top = -infinity();
 #pragma unroll 4
     for (int s = 0; s < splits; ++s) top = fmaxf(top, stats[(at + s) * 2]);
     float sum = 0.0f, out = 0.0f;

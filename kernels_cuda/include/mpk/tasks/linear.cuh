@@ -72,7 +72,7 @@ MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, float* red) {
   if constexpr (I < N::REDUCTIONS) {
     using S = LinearShape<N>;
     using Combine = typename N::template Combine<I>;
-    float total = Combine::identity;
+    float total = Combine::identity();
 #pragma unroll
     for (int p = 0; p < S::PIECES * S::PER_THREAD; ++p) {
       const int v = p / S::PER_THREAD * S::VECTORS + p % S::PER_THREAD * S::LANES + g.rank;
