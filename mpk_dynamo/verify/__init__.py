@@ -6,18 +6,41 @@ a Report of what was proven.
 
 from __future__ import annotations
 
+from ..ir.graph import Graph
+from ..ir.program import Program
 from ..ir.schedule import Schedule
 from ..ir.tasks import TaskGraph
 from .accesses import AccessIndex
+from .graph_rules import check_buffers, check_definitions, check_versions
+from .graph_rules import check_nodes as check_graph_nodes
 from .order import EventOrder, Order, QueueOrder
 from .order_rules import check_storages, check_unwritten
+from .program_rules import check_limits, check_opcodes, check_operands, check_runs, check_waits
+from .program_rules import check_queues as check_queue_tables
 from .replay import replay
 from .report import Report
 from .schedule_rules import check_lifetimes, check_offsets, check_queues, check_slots, check_workers
 from .state_rules import check_states
+from .tables import decode
 from .task_rules import check_accesses, check_events, check_nodes, check_ready, check_tasks
 
-__all__ = ["Report", "verify_schedule", "verify_tasks"]
+__all__ = ["Report", "verify_graph", "verify_program", "verify_schedule", "verify_tasks"]
+
+
+def verify_graph(graph: Graph) -> Report:
+    """Rules G1 to G3."""
+    report = Report("graph")
+    check_buffers(graph)
+    check_definitions(graph)
+    expressions = check_graph_nodes(graph)
+    check_versions(graph)
+    report.count(nodes=len(graph.nodes), buffers=len(graph.buffers), expressions=expressions)
+    report.proved(
+        G1="values are defined once, before use",
+        G2="shapes, types and indices agree",
+        G3="states are read before they are overwritten, and returned as they end",
+    )
+    return report.done()
 
 
 def verify_tasks(tg: TaskGraph) -> Report:
@@ -79,3 +102,24 @@ def _check_order(tg: TaskGraph, index: AccessIndex, order: Order, report: Report
         T6="outputs and scratch are written once, states where the graph says",
         T9="each access sees the version of a state that the graph says",
     )
+
+
+def verify_program(p: Program, target: object | None = None) -> Report:
+    """Rules P1 to P3, T7 and S4. The Schedule inside is taken as verified (verify_schedule)."""
+    report = Report("program")
+    check_limits(p, target)
+    tables = decode(p)
+    place = check_queue_tables(p.schedule, tables)
+    check_opcodes(p, tables, place)
+    check_waits(p, tables, place)
+    check_operands(p, tables, place)
+    check_runs(p, tables)
+    report.count(**{name: len(table) for name, table in tables.items()}, bindings=len(p.bindings))
+    report.proved(
+        P1="tables decode back to the schedule",
+        P2="opcodes select bodies of the right operator",
+        P3="references are inside arena and bindings",
+        T7="waits demand the full count",
+        S4="threads and shared memory fit the target" if target is not None else "threads are sane; no target given",
+    )
+    return report.done()

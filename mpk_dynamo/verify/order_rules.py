@@ -48,7 +48,7 @@ def check_unwritten(tg: TaskGraph, reads: list[Group], storages: list[Storage]) 
 def _plain_writes(tg: TaskGraph, s: Storage) -> None:
     for g in s.writes:
         if g.access.side is not None:
-            text = f"{names(tg, g.tasks)} writes {g}: which elements is known on the device only, so the rest may stay unset"
+            text = f"{names(tg, g.tasks)} writes {g}: only the device knows which elements, so the rest may stay unset"
             raise fail("T6", tg, tg.tasks[g.tasks[0]], text)
 
 
@@ -78,7 +78,11 @@ def _conflicts(tg: TaskGraph, s: Storage, ws: list[Group], others: list[Group], 
             if s.write_version.any():
                 # an access before a write of version v sees an older version, one after it v or a newer one
                 v, u = s.write_version[i[p]], versions[j[p]]
-                bad = np.where(a < b, u < v, u >= v) & (a != b) if not both_write else (a < b) & (u < v) | (a > b) & (u > v)
+                bad = (
+                    np.where(a < b, u < v, u >= v) & (a != b)
+                    if not both_write
+                    else (a < b) & (u < v) | (a > b) & (u > v)
+                )
                 if bad.any():
                     k = int(np.argmax(bad))
                     g, h = ws[i[p[k]]], others[j[p[k]]]

@@ -23,8 +23,8 @@ def check_queues(s: Schedule) -> None:
             if not 0 <= t < n:
                 raise VerificationError("S1", f"queue {w} names task {t} at place {k}; there are {n} tasks")
             if where[t] is not None:
-                text = f"{names(s.tasks, [t])} is at place {where[t][1]} of queue {where[t][0]} and at place {k} of queue {w}"
-                raise VerificationError("S1", text)
+                first = f"at place {where[t][1]} of queue {where[t][0]}"
+                raise VerificationError("S1", f"{names(s.tasks, [t])} is {first} and at place {k} of queue {w}")
             where[t] = (w, k)
     left = [t for t in range(n) if where[t] is None]
     if left:
@@ -50,7 +50,9 @@ def check_workers(s: Schedule, target: object | None) -> None:
         raise VerificationError("S6", "the schedule has no worker")
     limit = getattr(target, "sm_count", None)
     if limit is not None and s.workers > limit:
-        raise VerificationError("S6", f"{s.workers} workers on {limit} multiprocessors of {getattr(target, 'name', '')}")
+        raise VerificationError(
+            "S6", f"{s.workers} workers on {limit} multiprocessors of {getattr(target, 'name', '')}"
+        )
 
 
 def check_offsets(s: Schedule, index: AccessIndex) -> None:
@@ -61,7 +63,8 @@ def check_offsets(s: Schedule, index: AccessIndex) -> None:
         if b is None or b.kind is not BufferKind.SCRATCH:
             raise VerificationError("S3", f"the arena holds {name!r}, which is no scratch buffer")
         if offset % ALIGNMENT or offset < 0 or offset + b.nbytes > s.arena_bytes:
-            text = f"{name} of {b.nbytes} bytes at offset {offset}: not a multiple of {ALIGNMENT} inside {s.arena_bytes} bytes"
+            text = f"{name} of {b.nbytes} bytes at offset {offset}"
+            text += f": not a multiple of {ALIGNMENT} inside an arena of {s.arena_bytes} bytes"
             raise VerificationError("S3", text, origin=b.origin)
     for g in index.reads + index.writes:
         if g.buffer.kind is BufferKind.SCRATCH and g.buffer.storage not in s.arena:

@@ -30,7 +30,9 @@ def check_states(tg: TaskGraph, storages: list[Storage]) -> None:
             # T4 has ordered overlapping writes; writing an element twice in order is allowed, leaving one out is not
             union = _union_volume([g.access.box for g in groups])
             want = int(volumes(stack([box]))[0])
-            hull = tuple((min(b[0] for b in d), max(b[1] for b in d)) for d in zip(*(g.access.box for g in groups), strict=True))
+            hull = tuple(
+                (min(b[0] for b in d), max(b[1] for b in d)) for d in zip(*(g.access.box for g in groups), strict=True)
+            )
             if union != want or hull != box:
                 text = f"tasks write {union} elements of {name}, within {_show(hull)}; the graph stores to {_show(box)}"
                 raise VerificationError("T6", text, origin=groups[0].buffer.origin)

@@ -73,9 +73,13 @@ def check_events(tg: TaskGraph) -> None:
         if e.id != i:
             raise fail("T2", tg, None, f"event at place {i} has id {e.id}")
         if members and not (0 <= min(members) and max(members) < n):
-            raise fail("T2", tg, None, f"event {i} names a task outside 0:{n}: {sorted(members)[0]}, {sorted(members)[-1]}")
+            raise fail(
+                "T2", tg, None, f"event {i} names a task outside 0:{n}: {sorted(members)[0]}, {sorted(members)[-1]}"
+            )
         if not producers:
-            raise fail("T2", tg, None, f"event {i} has no producer: its waiters {names(tg, e.waiters)} wait for nothing")
+            raise fail(
+                "T2", tg, None, f"event {i} has no producer: its waiters {names(tg, e.waiters)} wait for nothing"
+            )
         for role, tasks, distinct in (("producer", e.producers, producers), ("waiter", e.waiters, waiters)):
             if len(tasks) != len(distinct):
                 twice = next(t for k, t in enumerate(tasks) if t in tasks[:k])

@@ -1,0 +1,172 @@
+"""Rules P1 to P3, T7 and S4: the tables of a Program say what the Schedule says, and fit the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .. import abi
+from ..errors import VerificationError
+from ..ir.program import Program
+from ..ir.schedule import Schedule
+from ..ir.types import Buffer, BufferKind
+from .accesses import names
+from .tables import slices, split
+
+MAX_THREADS = 1024
+"""Threads of a block, on every target."""
+
+
+def check_limits(p: Program, target: object | None) -> None:
+    """S4: shared memory and threads fit; kernel parameters too."""
+    if not 0 < p.threads <= MAX_THREADS or p.threads % 32:
+        raise VerificationError("S4", f"{p.threads} threads per worker: not a multiple of 32 up to {MAX_THREADS}")
+    limit = getattr(target, "shared_bytes_per_block", None)
+    if p.shared_bytes < 0 or (limit is not None and p.shared_bytes > limit):
+        name = getattr(target, "name", "")
+        raise VerificationError("S4", f"{p.shared_bytes} bytes of shared memory; {name} offers {limit}")
+    if target is not None and p.target not in (getattr(target, "name", None), getattr(target, "arch", None)):
+        raise VerificationError("S4", f"the program is for {p.target}, not {getattr(target, 'name', '')}")
+    if len(p.bindings) > abi.MAX_BINDINGS:
+        raise VerificationError("S4", f"{len(p.bindings)} bindings; a launch carries {abi.MAX_BINDINGS}")
+
+
+def check_queues(s: Schedule, tables: Mapping[str, np.ndarray]) -> np.ndarray:
+    """P1 for queues: worker by worker the ids of the Schedule. Place of each task id in the task table."""
+    queues, tasks = tables["queues"], tables["tasks"]
+    if len(queues) != s.workers:
+        raise VerificationError("P1", f"{len(queues)} queues for {s.workers} workers")
+    start, length = slices(queues, "task", "task_count", tasks, "queue")
+    place = np.full(len(s.tasks.tasks), -1, dtype=np.int64)
+    for w, queue in enumerate(s.queues):
+        ids = tasks["id"][start[w] : start[w] + length[w]]
+        want = np.array(queue, dtype=np.int64)
+        if not np.array_equal(ids, want):
+            k = next((k for k, (x, y) in enumerate(zip(ids, queue, strict=False)) if x != y), min(len(ids), len(queue)))
+            found, expected = (f"t{x[k]}" if k < len(x) else "its end" for x in (ids, want))
+            raise VerificationError(
+                "P1", f"queue of worker {w}, place {k}: {found} in the table, {expected} in the schedule"
+            )
+        place[want] = start[w] + np.arange(length[w])
+    return place
+
+
+def check_opcodes(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
+    """P2: each task's opcode selects a body of its operator."""
+    ops = tables["tasks"]["op"][place]
+    beyond = ops >= len(p.kinds)
+    if beyond.any():
+        t = int(np.argmax(beyond))
+        raise VerificationError("P2", f"{names(p.schedule.tasks, [t])} has opcode {ops[t]} of {len(p.kinds)}")
+    families = [k.split(":")[0] for k in p.kinds]
+    for t, op in zip(p.schedule.tasks.tasks, ops.tolist(), strict=True):
+        if families[op] != t.op:
+            text = f"{names(p.schedule.tasks, [t.id])}, a {t.op}, has opcode {op}, which is {p.kinds[op]}"
+            raise VerificationError("P2", text)
+
+
+def check_waits(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
+    """P1 for waits and signals, and T7: a wait demands as many signals as the event has producers."""
+    s = p.schedule
+    rows = tables["tasks"][place]
+    wait_start, wait_count = slices(rows, "waits", "wait_count", tables["waits"], "waits of task")
+    signal_start, signal_count = slices(rows, "signals", "signal_count", tables["signals"], "signals of task")
+    if (wait_count > abi.MAX_WAITS).any():
+        t = int(np.argmax(wait_count))
+        raise VerificationError(
+            "P1", f"{names(s.tasks, [t])} waits for {wait_count[t]} events of at most {abi.MAX_WAITS}"
+        )
+    slot, count, out = (
+        x.tolist() for x in (tables["waits"]["slot"], tables["waits"]["count"], tables["signals"]["slot"])
+    )
+    full = {s.slots[e.id]: len(e.producers) for e in s.tasks.events}
+    for t, (waits, signals) in enumerate(zip(s.tasks.waits(), s.tasks.signals(), strict=True)):
+        here = slice(wait_start[t], wait_start[t] + wait_count[t])
+        for found, needed in zip(slot[here], count[here], strict=True):
+            if full.get(found) != needed:
+                text = f"{names(s.tasks, [t])} waits for {needed} signals in slot {found}; {full.get(found, 'no')} tasks give one"
+                raise VerificationError("T7", text)
+        given = out[signal_start[t] : signal_start[t] + signal_count[t]]
+        for what, has, wants in (("waits for", slot[here], waits), ("signals", given, signals)):
+            if sorted(has) != sorted(s.slots[e] for e in wants):
+                expected = sorted(s.slots[e] for e in wants)
+                raise VerificationError("P1", f"{names(s.tasks, [t])} {what} slots {sorted(has)}, not {expected}")
+
+
+def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
+    """P3: every reference lies inside memory that the task's node uses: a buffer in the arena, or a binding."""
+    s = p.schedule
+    buffers = s.tasks.buffers
+    bound = _bound(p, buffers)
+    rows = tables["tasks"][place]
+    start, count = slices(rows, "operands", "operand_count", tables["operands"], "operands of task")
+    if (count > abi.MAX_OPERANDS).any():
+        t = int(np.argmax(count))
+        raise VerificationError("P1", f"{names(s.tasks, [t])} has {count[t]} operands of at most {abi.MAX_OPERANDS}")
+    used: list[set[str]] = [set() for _ in s.tasks.graph.nodes]
+    for t in s.tasks.tasks:
+        used[t.node].update(buffers[a.buffer].storage for a in (*t.reads, *t.writes))
+    refs = tables["operands"]["ref"]
+    arena, binding, offset = split(refs)
+    homes = sorted((o, o + buffers[n].nbytes, n) for n, o in s.arena.items())
+    checked: set[tuple[int, int]] = set()
+    for t in s.tasks.tasks:
+        for k in range(start[t.id], start[t.id] + count[t.id]):
+            if refs[k] == abi.NO_REF or (t.node, k) in checked:
+                continue
+            checked.add((t.node, k))
+            at = int(offset[k])
+            if arena[k]:
+                owners = {n for a, b, n in homes if a <= at < b}
+                fine, where = bool(owners & used[t.node]), f"arena offset {at}, in {sorted(owners) or 'no buffer'}"
+            else:
+                b = bound[binding[k]] if binding[k] < len(bound) else None
+                fine = b is not None and at < _span(b) and b.storage in used[t.node]
+                where = f"offset {at} of binding {binding[k]}" + (
+                    f", {b.name} of {_span(b)} bytes" if b else ", unknown"
+                )
+            if not fine:
+                text = f"operand {k - start[t.id]} of {names(s.tasks, [t.id])} refers to {where}; the node uses "
+                raise VerificationError("P3", text + f"{sorted(used[t.node])}")
+
+
+def check_runs(p: Program, tables: Mapping[str, np.ndarray]) -> None:
+    """P3 for the loader: every copy lies inside memory the caller handed in and no task writes."""
+    s = p.schedule
+    bound = _bound(p, s.tasks.buffers)
+    written = {s.tasks.buffers[a.buffer].storage for t in s.tasks.tasks for a in t.writes}
+    slices(tables["queues"], "run", "run_count", tables["runs"], "runs of worker")
+    runs = tables["runs"]
+    size = runs["rows"].astype(np.int64) * runs["row_bytes"].astype(np.int64)
+    for field in ("base0", "base1"):
+        arena, binding, offset = split(runs[field])
+        for k in np.flatnonzero(runs[field] != np.uint64(abi.NO_REF)).tolist():
+            b = bound[binding[k]] if not arena[k] and binding[k] < len(bound) else None
+            if b is None or b.storage in written:
+                text = f"run {k} copies from {'the arena' if arena[k] else f'binding {binding[k]}'}"
+                text += ", which a task writes" if b is not None else ", which is no memory of the caller"
+                raise VerificationError("P3", text)
+            if offset[k] + size[k] > _span(b):
+                text = f"run {k} copies bytes {offset[k]}:{offset[k] + size[k]} of {b.name}, which has {_span(b)}"
+                raise VerificationError("P3", text)
+
+
+def _bound(p: Program, buffers: Mapping[str, Buffer]) -> list[Buffer]:
+    bound = []
+    for i, name in enumerate(p.bindings):
+        b = buffers.get(name)
+        if b is None or b.name != b.storage or b.kind is BufferKind.SCRATCH:
+            raise VerificationError("P3", f"binding {i}, {name!r}, is no tensor of the caller and no output")
+        if name in p.bindings[:i]:
+            raise VerificationError("P3", f"binding {i}, {name!r}, appears twice")
+        bound.append(b)
+    return bound
+
+
+def _span(b: Buffer) -> int:
+    """Bytes from the first to past the last element."""
+    if not b.numel:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(b.shape, b.strides, strict=True))
+    return (last + 1) * b.dtype.itemsize
