@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import LaunchError
-from ..ir.graph import Graph, Output
+from ..ir.graph import Output
 from ..ir.types import Buffer, BufferKind, DType
 from .launch import Binding, Executable
 
@@ -48,24 +48,38 @@ class _Caller:
 
 
 class DeviceCallable:
-    """`callable(*args)` runs one step on torch's current stream and returns a tuple in the order of graph.outputs.
+    """`callable(*args)` runs one step on torch's current stream and returns a tuple in the order of the graph's
+    outputs. The graph is that of the executable's program.
 
-    `arguments` maps storages to positions in `args`. Shapes, strides, dtypes and devices of `args` are those of the
-    graph's buffers: checked on the first call, and from then on by whoever guards the call (Dynamo). Addresses may
-    change with each call. An output that is a caller's buffer is the caller's tensor object; others are new tensors.
+    `arguments` maps storages to positions in `args`, `constants` to tensors that the graph holds. Shapes, strides,
+    dtypes and devices of `args` are those of the graph's buffers: checked on the first call, and from then on by
+    whoever guards the call (Dynamo). Addresses may change with each call. An output that is a caller's buffer is the
+    caller's tensor object; others are new tensors.
 
     Raises LaunchError for arguments the kernel cannot take and when the driver refuses, DeviceFault for a fault of
     an earlier step.
     """
 
-    def __init__(self, executable: Executable, graph: Graph, arguments: Mapping[str, int]) -> None:
-        self.executable, self.graph = executable, graph
-        bindings = executable.program.bindings
-        callers, made = [], []
-        for word, storage in enumerate(bindings):
-            buffer = graph.buffers[storage]
+    def __init__(
+        self,
+        executable: Executable,
+        arguments: Mapping[str, int],
+        constants: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.executable = executable
+        self._device = executable.device.torch_device
+        self._constants = dict(constants or {})
+        program = executable.program
+        graph, self._buffers = program.schedule.tasks.graph, program.schedule.tasks.buffers
+        callers, made, self._fixed = [], [], []
+        for word, storage in enumerate(program.bindings):
+            buffer = self._buffers[storage]
             if buffer.kind is BufferKind.OUTPUT:
                 made.append((word, buffer))
+            elif storage in self._constants:
+                tensor = self._constants[storage]
+                _check_tensor(tensor, buffer, self._device, f"constant {storage}")
+                self._fixed.append((_Caller(word, -1, buffer), tensor.data_ptr()))
             elif storage in arguments:
                 callers.append(_Caller(word, arguments[storage], buffer))
             else:
@@ -79,7 +93,6 @@ class DeviceCallable:
         self._made = [(word, b.shape, TORCH_DTYPES[b.dtype]) for word, b in made]
         position = {b.name: i for i, (_, b) in enumerate(made)}
         self._results = [self._result(output, position, arguments) for output in graph.outputs]
-        self._device = executable.device.torch_device
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if not self._checked:
@@ -109,7 +122,7 @@ class DeviceCallable:
 
     def _rebind(self, binding: Binding, addresses: list[int]) -> None:
         binding.touch()
-        for caller, address in zip(self._stable, addresses, strict=True):
+        for caller, address in [*zip(self._stable, addresses, strict=True), *self._fixed]:
             if address & caller.mask:
                 raise LaunchError(
                     f"{caller.buffer.kind.value} {caller.buffer.name} lies at {address:#x}, which is not a multiple of "
@@ -123,42 +136,47 @@ class DeviceCallable:
     def _check(self, args: Sequence[Any]) -> None:
         """Whether the arguments are those the program was made for."""
         for caller in self._callers:
-            b = caller.buffer
-            wanted = (b.shape, b.strides, TORCH_DTYPES[b.dtype], self._device)
             value = args[caller.argument] if caller.argument < len(args) else None
-            if not isinstance(value, torch.Tensor):
-                found: object = type(value).__name__
-            else:
-                shape = tuple(value.shape)
-                # strides of dimensions of one element, and of empty tensors, mean nothing
-                strides = tuple(s if n != 1 else w for n, s, w in zip(shape, value.stride(), b.strides))
-                found = (shape, strides if value.numel() else b.strides, value.dtype, value.device)
-            if found != wanted:
-                raise LaunchError(
-                    f"argument {caller.argument} ({b.kind.value} {b.name}) is {found}, compiled for {wanted}",
-                    origin=b.origin,
-                    remedy="call with tensors of the shapes, strides, dtypes and device that were captured",
-                )
+            _check_tensor(value, caller.buffer, self._device, f"argument {caller.argument}")
         self._checked = True
 
     def _result(self, output: Output, made: Mapping[str, int], arguments: Mapping[str, int]) -> Callable[..., Any]:
         """A function of (new tensors, args) that gives one result."""
         if output.buffer is None:
             return lambda _made, _args: output.constant
-        buffer = self.graph.buffers[output.buffer]
-        base = self.graph.buffers[buffer.storage]
+        buffer = self._buffers[output.buffer]
+        base = self._buffers[buffer.storage]
         same = (buffer.shape, buffer.strides) == (base.shape, base.strides)
         if base.name in made:
             index = made[base.name]
             if same:
                 return lambda made, _args: made[index]
             return lambda made, _args: made[index].as_strided(buffer.shape, buffer.strides)
+        if base.name in self._constants:
+            held = self._constants[base.name]
+            return lambda _made, _args: held if same else held.as_strided(buffer.shape, buffer.strides)
         if base.name not in arguments:
             raise LaunchError(f"output {output.buffer} is neither written by the kernel nor an argument")
         argument = arguments[base.name]
         if same:
             return lambda _made, args: args[argument]
         return lambda _made, args: args[argument].as_strided(buffer.shape, buffer.strides)
+
+
+def _check_tensor(value: Any, buffer: Buffer, device: torch.device, what: str) -> None:
+    wanted = (buffer.shape, buffer.strides, TORCH_DTYPES[buffer.dtype], device)
+    found: object = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        shape = tuple(value.shape)
+        # strides of dimensions of one element, and of empty tensors, mean nothing
+        strides = tuple(s if n != 1 else w for n, s, w in zip(shape, value.stride(), buffer.strides))
+        found = (shape, strides if value.numel() else buffer.strides, value.dtype, value.device)
+    if found != wanted:
+        raise LaunchError(
+            f"{what} ({buffer.kind.value} {buffer.name}) is {found}, compiled for {wanted}",
+            origin=buffer.origin,
+            remedy="call with tensors of the shapes, strides, dtypes and device that were captured",
+        )
 
 
 def _picker(indices: list[int]) -> Callable[[tuple[Any, ...]], Sequence[Any]]:
