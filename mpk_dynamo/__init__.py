@@ -26,7 +26,22 @@ _HOMES = {
     "DeviceFault": "mpk_dynamo.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "CompileError",
+    "DeviceFault",
+    "LaunchError",
+    "MpkError",
+    "OptionError",
+    "Settings",
+    "Unsupported",
+    "VerificationError",
+    "__version__",
+    "clear_reports",
+    "disable",
+    "enable",
+    "explain",
+    "reports",
+]
 
 if TYPE_CHECKING:
     from .errors import CompileError, DeviceFault, LaunchError, MpkError, OptionError, Unsupported, VerificationError

@@ -13,7 +13,7 @@ from .fallback import fall_back
 from .pipeline import compile_graph
 from .report import Report, record
 from .settings import Settings
-from .specialize import guard_symbols, with_hints
+from .specialize import guard_symbols
 
 _log = logging.getLogger("mpk_dynamo")
 
@@ -37,7 +37,7 @@ def mpk(
     report = record(Report(fx_nodes=sum(n.op not in ("placeholder", "output", "get_attr") for n in gm.graph.nodes)))
     try:
         _refuse_training(example_inputs)
-        compiled = compile_graph(gm, with_hints(example_inputs), settings, report)
+        compiled = compile_graph(gm, example_inputs, settings, report)
     except Unsupported as why:
         return fall_back(gm, example_inputs, settings, report, why)
     except MpkError as error:

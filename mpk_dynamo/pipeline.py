@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .errors import OptionError, Unsupported
 from .ir import printer
 from .report import Report
 from .settings import Settings
+from .specialize import fix_numbers, has_symbols, without_symbols
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -44,7 +46,7 @@ def compile_graph(
         dump.report(report)
         return compiled
     program = emit(schedule, target, report, dump)
-    compiled = _load(captured, program, target, device, settings, report)
+    compiled = _load(captured, len(example_inputs), program, target, device, settings, report)
     report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
     dump.report(report)
     return compiled
@@ -56,7 +58,14 @@ def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], repor
     from .verify import verify_graph
 
     with report.stage("capture"):
-        captured = capture(gm, example_inputs)
+        if has_symbols(gm, example_inputs):
+            fixed, inputs, positions = fix_numbers(gm, example_inputs)
+            with without_symbols():
+                captured = capture(fixed, inputs)
+            arguments = {storage: positions[k] for storage, k in captured.arguments.items()}
+            captured = dataclasses.replace(captured, arguments=arguments)
+        else:
+            captured = capture(gm, example_inputs)
     report.captured_nodes = len(captured.graph.nodes)
     dump.text("1-captured.txt", printer.print_graph, captured.graph)
     with report.stage("verify"):
@@ -125,13 +134,35 @@ def _interpret(captured: "Captured", schedule: "Schedule", report: Report) -> Ca
 
 
 def _load(
-    captured: "Captured", program: "Program", target: "Target", device: torch.device, settings: Settings, report: Report
+    captured: "Captured",
+    arguments: int,
+    program: "Program",
+    target: "Target",
+    device: torch.device,
+    settings: Settings,
+    report: Report,
 ) -> Callable[..., Any]:
-    from .runtime.callable import DeviceCallable
+    """The launch with the graph's own signature of `arguments` arguments. Tensors that the graph holds itself come
+    after them."""
+    from .runtime import DeviceCallable, Executable
 
     artifact = build(program, target, settings, report)
     with report.stage("load"):
-        return DeviceCallable(captured, artifact, program, target, device, settings, report)
+        executable = Executable(
+            artifact,
+            program,
+            target,
+            device,
+            timeout_ns=int(settings.timeout_s * 1e9),
+            flight=settings.flight,
+            flight_waiting=settings.flight_waiting,
+        )
+    graph, constants = program.schedule.tasks.graph, tuple(captured.constants.values())
+    if not constants:
+        return DeviceCallable(executable, graph, captured.arguments)
+    places = {storage: arguments + k for k, storage in enumerate(captured.constants)}
+    with_constants = DeviceCallable(executable, graph, {**captured.arguments, **places})
+    return lambda *args: with_constants(*args, *constants)
 
 
 def _describe(report: Report, graph: "Graph", schedule: "Schedule") -> None:

@@ -33,7 +33,7 @@ class Report:
     bytes: int = 0
     flops: int = 0
     launches: int = 0
-    calls: int = 0
+    calls: int = 0  # so far; counted on the reference executor alone, where it costs nothing
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str = ""  # why a fallback happened
     origin: str = ""  # where in the model
@@ -60,8 +60,8 @@ class Report:
             where = f" at {self.origin}" if self.origin else ""
             return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
         return (
-            f"{self.outcome or 'lowered'}: {self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, {self.tasks} tasks, "
-            f"{self.events} events, {self.workers} workers, {self.bytes / 1e6:.1f} MB per call, "
+            f"{self.outcome or 'lowered'}: {self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "
+            f"{self.tasks} tasks, {self.events} events, {self.workers} workers, {self.bytes / 1e6:.1f} MB per call, "
             f"compiled in {self.total_seconds:.1f} s"
         )
 

@@ -29,7 +29,9 @@ class Settings:
         "cuda: the kernel; reference: the CPU executor; auto: where the model's tensors are",
         ("auto", "cuda", "reference"),
     )
-    workers: int = _option(0, "resident CTAs (or simulated workers); 0: one per SM, 8 on the reference executor", minimum=0)
+    workers: int = _option(
+        0, "resident CTAs or simulated workers; 0: one per SM, 8 on the reference executor", minimum=0
+    )
     fallback: str = _option(
         "auto",
         "what runs graphs that cannot be captured; auto: inductor on CUDA, eager on CPU; error: raise instead",
@@ -38,10 +40,9 @@ class Settings:
     dump_dir: str = _option("", "folder that receives every stage as text, the CUDA source and the report")
     cache_dir: str = _option("", "folder of compiled kernels; empty: the user's cache folder")
     target: str = _option("", "build for this target, e.g. sm_90a, instead of the present GPU")
-    flight: int = _option(4, "copies of 16 KiB that a worker keeps in flight", minimum=1)
+    flight: int = _option(4, "ring slots that a worker's loader keeps in flight", minimum=1)
     flight_waiting: int = _option(1, "the same while its worker waits for an event", minimum=1)
     timeout_s: float = _option(10.0, "bound of every wait on the device, in seconds", minimum=0.001)
-    profile: bool = _option(False, "record when each task starts and ends")
 
     @staticmethod
     def from_options(options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> "Settings":
@@ -88,7 +89,8 @@ def _checked(field: dataclasses.Field[Any], value: Any, name: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise OptionError(f"{name} is {value!r} ({type(value).__name__})", remedy=f"give a value of type {kind.__name__}")
+        given = f"{value!r} ({type(value).__name__})"
+        raise OptionError(f"{name} is {given}", remedy=f"give a value of type {kind.__name__}")
     choices, minimum = field.metadata["choices"], field.metadata["minimum"]
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
@@ -103,6 +105,12 @@ def table() -> str:
     """The options as a Markdown table."""
     rows = ["| option | type | default | variable | meaning |", "|---|---|---|---|---|"]
     for f in dataclasses.fields(Settings):
-        default = f"`{f.default!r}`"
-        rows.append(f"| `{f.name}` | {type(f.default).__name__} | {default} | `{_variable(f.name)}` | {f.metadata['doc']} |")
+        cells = (
+            f"`{f.name}`",
+            type(f.default).__name__,
+            f"`{f.default!r}`",
+            f"`{_variable(f.name)}`",
+            f.metadata["doc"],
+        )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

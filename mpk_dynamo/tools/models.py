@@ -99,7 +99,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def load(
-    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, layers: int = 0, seed: int = 0
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    layers: int = 0,
+    seed: int = 0,
 ) -> "PreTrainedModel":
     """A model in eval mode on `device`: of a built-in shape with random weights, or from a local folder.
 
