@@ -1,0 +1,207 @@
+"""Rewriting expressions and the nodes that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ...ir import expr as E
+from ...ir.expr import Expr, Load, Op, Reduce, Var
+from ...ir.graph import Attention, Linear, Node, RowMap
+from ...ir.types import DType
+
+NOTHING: frozenset[str] = frozenset()
+
+
+class LoadedBuffers:
+    """Names of the buffers an expression loads, remembered per sub-expression so that asking again is free."""
+
+    def __init__(self) -> None:
+        self._known: dict[Expr, frozenset[str]] = {}
+
+    def __call__(self, x: Expr) -> frozenset[str]:
+        if not x.children and not isinstance(x, Load):
+            return NOTHING
+        known = self._known.get(x)
+        if known is None:
+            names = NOTHING.union(*map(self, x.children))
+            known = self._known[x] = names | {x.buffer} if isinstance(x, Load) else names
+        return known
+
+
+def replace_loads(
+    x: Expr, values: Mapping[str, Callable[[tuple[Expr, ...]], Expr]], loaded: LoadedBuffers
+) -> Expr:
+    """x with every load of a buffer in `values` replaced by values[buffer](index)."""
+    memo: dict[Expr, Expr] = {}
+    names = values.keys()
+
+    def walk(e: Expr) -> Expr:
+        if loaded(e).isdisjoint(names):
+            return e
+        done = memo.get(e)
+        if done is None:
+            children = tuple(walk(c) for c in e.children)
+            if isinstance(e, Load) and e.buffer in values:
+                done = values[e.buffer](children)
+            else:
+                done = E.rebuild(e, children)
+            memo[e] = done
+        return done
+
+    return walk(x)
+
+
+def map_expressions(node: Node, f: Callable[[Expr], Expr]) -> Node:
+    """The node with `f` applied to each expression it holds. The node itself when nothing changes."""
+
+    def each(xs: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(f(x) for x in xs)
+
+    def maybe(x: Expr | None) -> Expr | None:
+        return None if x is None else f(x)
+
+    if isinstance(node, RowMap):
+        new: Node = replace(node, body=f(node.body), store=each(node.store))
+    elif isinstance(node, Linear):
+        parts = tuple(replace(p, epilogue=f(p.epilogue), store=each(p.store)) for p in node.parts)
+        new = replace(node, x=f(node.x), parts=parts)
+    else:
+        append = node.append
+        if append is not None:
+            append = replace(append, position=f(append.position), key=f(append.key), value=f(append.value))
+        new = replace(
+            node,
+            q=f(node.q),
+            key_index=each(node.key_index),
+            value_index=each(node.value_index),
+            store=each(node.store),
+            mask=maybe(node.mask),
+            first=maybe(node.first),
+            last=maybe(node.last),
+            append=append,
+        )
+    return node if new == node else new
+
+
+def variables(node: Node) -> tuple[Var, ...]:
+    """Loop variables of a node, without those of reductions."""
+    if isinstance(node, RowMap):
+        return node.dims
+    if isinstance(node, Linear):
+        return (node.t, node.k, *dict.fromkeys(p.n for p in node.parts))
+    return (node.b, node.h, node.g, node.s, node.d)
+
+
+def flat_index(index: tuple[Expr, ...], strides: tuple[int, ...]) -> Expr:
+    """sum(index[i] * strides[i]), with a variable split by // and % put together again."""
+    total: Expr = E.index(0)
+    for e, stride in zip(index, strides, strict=True):
+        total = E.op("add", total, E.op("mul", e, E.index(stride)))
+    return recombine(total)
+
+
+def recombine(x: Expr) -> Expr:
+    """x with c*d*(y // d) + c*(y % d) written as c*y, until there is none left."""
+    terms, constant = E.linear_terms(x)
+    changed = True
+    while changed:
+        changed = False
+        for term, c in list(terms.items()):
+            if not (isinstance(term, Op) and term.name == "mod" and isinstance(term.children[1], E.Const)):
+                continue
+            whole, d = term.children[0], term.children[1].value
+            quotient = E.op("floordiv", whole, E.index(d))
+            if terms.get(quotient) == c * d:
+                del terms[term], terms[quotient]
+                terms, constant = E.linear_terms(
+                    E.op("add", E.from_terms(terms, constant), E.op("mul", whole, E.index(c)))
+                )
+                changed = True
+                break
+    return E.from_terms(terms, constant)
+
+
+def solve_flat(position: Expr, dims: tuple[Var, ...], total: int, value: Expr) -> dict[Var, Expr] | None:
+    """Values of `dims` for which position(dims) == value, when `position` counts each of [0, total) once.
+
+    That is so when it is a mixed-radix number with the dims as its digits, in any order. None otherwise."""
+    terms, constant = E.linear_terms(position)
+    if constant or not terms.keys() <= set(dims):
+        return None
+    solved: dict[Var, Expr] = {v: E.index(0) for v in dims if v.size == 1}
+    weight = 1
+    for v, c in sorted(terms.items(), key=lambda item: item[1]):
+        assert isinstance(v, Var)
+        if v.size == 1:
+            continue
+        if c != weight:
+            return None
+        digit = E.op("floordiv", value, E.index(weight))
+        weight *= v.size
+        solved[v] = digit if weight == total else E.op("mod", digit, E.index(v.size))
+    return solved if weight == total and len(solved) == len(dims) else None
+
+
+def name_reductions(x: Expr) -> Expr:
+    """x with the variable of each reduction named by how deep reductions nest inside it: r0, r1, ...
+
+    Equal computations become one object, and no variable is bound again inside its own scope."""
+    memo: dict[Expr, tuple[Expr, int]] = {}
+
+    def walk(e: Expr) -> tuple[Expr, int]:
+        if not e.children:
+            return e, 0
+        done = memo.get(e)
+        if done is None:
+            inner = [walk(c) for c in e.children]
+            depth = max(d for _, d in inner)
+            if isinstance(e, Reduce):
+                v = E.var(f"r{depth}", e.var.size)
+                done = E.reduce(e.name, v, _rename(inner[0][0], e.var, v)), depth + 1
+            else:
+                done = E.rebuild(e, tuple(c for c, _ in inner)), depth
+            memo[e] = done
+        return done
+
+    return walk(x)[0]
+
+
+def _rename(x: Expr, old: Var, new: Var) -> Expr:
+    """x with its free variable `old` called `new`, which no reduction inside x may bind."""
+    memo: dict[Expr, Expr] = {}
+
+    def walk(e: Expr) -> Expr:
+        if e is old:
+            return new
+        if old not in e.free:
+            return e
+        done = memo.get(e)
+        if done is None:
+            done = memo[e] = E.rebuild(e, tuple(map(walk, e.children)))
+        return done
+
+    return x if old is new else walk(x)
+
+
+def plain_load(x: Expr) -> bool:
+    """Whether x is a load whose index does not depend on data."""
+    return isinstance(x, Load) and all(data_independent(e) for e in x.index)
+
+
+def data_independent(x: Expr) -> bool:
+    """Whether x is computed from loop variables and constants alone."""
+    return not any(isinstance(e, (Load, E.Acc, Reduce)) for e in E.walk(x))
+
+
+def is_identity(store: tuple[Expr, ...], dims: tuple[Var, ...], shape: tuple[int, ...]) -> bool:
+    """Whether store(dims) is the dims themselves, with 0 for dimensions of size 1."""
+    return len(store) == len(dims) == len(shape) and all(
+        v.size == n and (e is v or (n == 1 and isinstance(e, E.Const) and e.value == 0))
+        for e, v, n in zip(store, dims, shape, strict=True)
+    )
+
+
+def zero(dtype: DType = DType.I64) -> Expr:
+    """The constant 0."""
+    return E.const(0, dtype)
