@@ -13,9 +13,10 @@ from ..ir.tasks import TaskGraph
 from .accesses import AccessIndex
 from .graph_rules import check_buffers, check_definitions, check_versions
 from .graph_rules import check_nodes as check_graph_nodes
+from .loader_rules import check_loader
 from .order import EventOrder, Order, QueueOrder
 from .order_rules import check_storages, check_unwritten
-from .program_rules import check_limits, check_opcodes, check_operands, check_runs, check_waits
+from .program_rules import check_limits, check_opcodes, check_operands, check_waits
 from .program_rules import check_queues as check_queue_tables
 from .replay import replay
 from .report import Report
@@ -113,7 +114,7 @@ def verify_program(p: Program, target: object | None = None) -> Report:
     check_opcodes(p, tables, place)
     check_waits(p, tables, place)
     check_operands(p, tables, place)
-    check_runs(p, tables)
+    check_loader(p, tables, place)
     report.count(**{name: len(table) for name, table in tables.items()}, bindings=len(p.bindings))
     report.proved(
         P1="tables decode back to the schedule",

@@ -98,11 +98,12 @@ def check_versions(graph: Graph) -> None:
 
 
 def _in_place(graph: Graph, node: Node, storage: str, new: str) -> None:
-    """A node that reads a state and overwrites it reads only the element it is about to write: elements are computed
-    in no particular order. The cache of an attention is exempt, its key loop leaves out the appended position."""
+    """A linear or attention that reads a state and overwrites it reads only the element it is about to write: elements
+    are computed in no particular order. A row map reads all before it stores any (and is one task then, rule T9); the
+    key loop of an attention leaves out the appended position."""
     if isinstance(node, RowMap):
-        stores = [node.store]
-    elif isinstance(node, Linear):
+        return
+    if isinstance(node, Linear):
         stores = [p.store for p in node.parts if p.out == new]
     else:
         stores = []
@@ -112,10 +113,8 @@ def _in_place(graph: Graph, node: Node, storage: str, new: str) -> None:
             raise VerificationError("G3", text, origin=node.origin)
 
 
-def _scope(node: Node) -> frozenset[Var]:
+def _scope(node: Linear | Attention) -> frozenset[Var]:
     """Variables that an element of the result has its own value of; others run within an element."""
-    if isinstance(node, RowMap):
-        return frozenset(node.dims)
     if isinstance(node, Linear):
         return frozenset((node.t, *(p.n for p in node.parts)))
     return frozenset((node.b, node.h, node.d))

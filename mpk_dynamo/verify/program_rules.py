@@ -49,6 +49,10 @@ def check_queues(s: Schedule, tables: Mapping[str, np.ndarray]) -> np.ndarray:
                 "P1", f"queue of worker {w}, place {k}: {found} in the table, {expected} in the schedule"
             )
         place[want] = start[w] + np.arange(length[w])
+    for t in s.tasks.tasks:
+        if t.op != "linear" and tuple(tasks["arg"][place[t.id]][: len(t.tile)].tolist()) != t.tile:
+            text = f"{names(s.tasks, [t.id])} has arguments {tasks['arg'][place[t.id]].tolist()}, tile {t.tile}"
+            raise VerificationError("P1", text)
     return place
 
 
@@ -85,7 +89,8 @@ def check_waits(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray)
         here = slice(wait_start[t], wait_start[t] + wait_count[t])
         for found, needed in zip(slot[here], count[here], strict=True):
             if full.get(found) != needed:
-                text = f"{names(s.tasks, [t])} waits for {needed} signals in slot {found}; {full.get(found, 'no')} tasks give one"
+                text = f"{names(s.tasks, [t])} waits for {needed} signals in slot {found}"
+                text += f"; its event has {full.get(found, 'no')} producers"
                 raise VerificationError("T7", text)
         given = out[signal_start[t] : signal_start[t] + signal_count[t]]
         for what, has, wants in (("waits for", slot[here], waits), ("signals", given, signals)):
@@ -98,7 +103,7 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
     """P3: every reference lies inside memory that the task's node uses: a buffer in the arena, or a binding."""
     s = p.schedule
     buffers = s.tasks.buffers
-    bound = _bound(p, buffers)
+    bound = bound_buffers(p, buffers)
     rows = tables["tasks"][place]
     start, count = slices(rows, "operands", "operand_count", tables["operands"], "operands of task")
     if (count > abi.MAX_OPERANDS).any():
@@ -122,37 +127,16 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
                 fine, where = bool(owners & used[t.node]), f"arena offset {at}, in {sorted(owners) or 'no buffer'}"
             else:
                 b = bound[binding[k]] if binding[k] < len(bound) else None
-                fine = b is not None and at < _span(b) and b.storage in used[t.node]
+                fine = b is not None and at < span(b) and b.storage in used[t.node]
                 where = f"offset {at} of binding {binding[k]}" + (
-                    f", {b.name} of {_span(b)} bytes" if b else ", unknown"
+                    f", {b.name} of {span(b)} bytes" if b else ", unknown"
                 )
             if not fine:
                 text = f"operand {k - start[t.id]} of {names(s.tasks, [t.id])} refers to {where}; the node uses "
                 raise VerificationError("P3", text + f"{sorted(used[t.node])}")
 
 
-def check_runs(p: Program, tables: Mapping[str, np.ndarray]) -> None:
-    """P3 for the loader: every copy lies inside memory the caller handed in and no task writes."""
-    s = p.schedule
-    bound = _bound(p, s.tasks.buffers)
-    written = {s.tasks.buffers[a.buffer].storage for t in s.tasks.tasks for a in t.writes}
-    slices(tables["queues"], "run", "run_count", tables["runs"], "runs of worker")
-    runs = tables["runs"]
-    size = runs["rows"].astype(np.int64) * runs["row_bytes"].astype(np.int64)
-    for field in ("base0", "base1"):
-        arena, binding, offset = split(runs[field])
-        for k in np.flatnonzero(runs[field] != np.uint64(abi.NO_REF)).tolist():
-            b = bound[binding[k]] if not arena[k] and binding[k] < len(bound) else None
-            if b is None or b.storage in written:
-                text = f"run {k} copies from {'the arena' if arena[k] else f'binding {binding[k]}'}"
-                text += ", which a task writes" if b is not None else ", which is no memory of the caller"
-                raise VerificationError("P3", text)
-            if offset[k] + size[k] > _span(b):
-                text = f"run {k} copies bytes {offset[k]}:{offset[k] + size[k]} of {b.name}, which has {_span(b)}"
-                raise VerificationError("P3", text)
-
-
-def _bound(p: Program, buffers: Mapping[str, Buffer]) -> list[Buffer]:
+def bound_buffers(p: Program, buffers: Mapping[str, Buffer]) -> list[Buffer]:
     bound = []
     for i, name in enumerate(p.bindings):
         b = buffers.get(name)
@@ -164,7 +148,7 @@ def _bound(p: Program, buffers: Mapping[str, Buffer]) -> list[Buffer]:
     return bound
 
 
-def _span(b: Buffer) -> int:
+def span(b: Buffer) -> int:
     """Bytes from the first to past the last element."""
     if not b.numel:
         return 0

@@ -112,12 +112,12 @@ def check_nodes(tg: TaskGraph, index: AccessIndex) -> None:
                 sets[node].add(g.buffer.name)
     for i, node in enumerate(tg.graph.nodes):
         extra = written[i] - set(writes(node)) - added
-        missing = set(writes(node)) - written[i]
+        missing = {w for w in writes(node) if tg.buffers[w].numel} - written[i]
         if extra or missing:
             what = f"write {sorted(extra)}, which it does not" if extra else f"leave {sorted(missing)} unwritten"
             raise VerificationError("T10", f"the tasks of {node.name} {what}", origin=node.origin)
         storages = {tg.buffers[name].storage for name in read[i]}
-        unread = [r for r in reads(node) if tg.buffers[r].kind is not BufferKind.PARAM]
+        unread = [r for r in reads(node) if tg.buffers[r].kind is not BufferKind.PARAM and written[i]]
         left = [r for r in unread if tg.buffers[r].storage not in storages]
         if left:
             raise VerificationError("T10", f"no task of {node.name} reads {sorted(left)}", origin=node.origin)

@@ -1,0 +1,142 @@
+"""Rules P1 and P3 for the loader: segments and runs stream exactly the weight rows that a task declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .. import abi
+from ..errors import VerificationError
+from ..ir.graph import Linear
+from ..ir.program import Program
+from ..ir.tasks import Task
+from ..ir.types import Buffer
+from .accesses import names
+from .program_rules import bound_buffers, span
+from .tables import slices, split
+
+SEGMENTS, SEGMENT_COUNT = 6, 7
+"""Places in Task.arg of a linear task: its first segment, and how many."""
+
+
+def check_loader(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
+    """P1 for segments and the order of runs, P3 for what runs copy."""
+    s = p.schedule
+    start, length = slices(tables["queues"], "run", "run_count", tables["runs"], "runs of worker")
+    check_copies(p, tables)
+    for w, queue in enumerate(s.queues):
+        run, end = int(start[w]), int(start[w] + length[w])
+        for t in (s.tasks.tasks[i] for i in queue):
+            node = s.tasks.graph.nodes[t.node]
+            if not isinstance(node, Linear):
+                continue
+            segments = _segments(p, t, node, tables, place)
+            for part, row, rows in segments:
+                run = _follow(p, t, node, part, row, rows, tables["runs"], run, end)
+        if run != end:
+            raise VerificationError("P1", f"worker {w} has {end - run} runs beyond those its tasks read")
+
+
+def _segments(
+    p: Program, t: Task, node: Linear, tables: Mapping[str, np.ndarray], place: np.ndarray
+) -> list[tuple[int, int, int]]:
+    """The task's (part, row, rows), found equal to the weight rows it declares to read."""
+    tg = p.schedule.tasks
+    arg = tables["tasks"]["arg"][place[t.id]]
+    first, count = int(arg[SEGMENTS]), int(arg[SEGMENT_COUNT])
+    if not (0 <= first and 0 <= count <= abi.MAX_SEGMENTS and first + count <= len(tables["segments"])):
+        raise VerificationError("P1", f"{names(tg, [t.id])} has segments {first}:{first + count}")
+    found = [(int(x["part"]), int(x["row"]), int(x["rows"])) for x in tables["segments"][first : first + count]]
+    for part, row, rows in found:
+        if part >= len(node.parts) or row + rows > node.parts[part].rows:
+            text = f"a segment of {names(tg, [t.id])} has rows {row}:{row + rows} of part {part}"
+            raise VerificationError("P3", text, origin=node.origin)
+    weights = {w for part in node.parts for w in part.weights}
+    # weights are read by whole rows
+    declared = sorted((a.buffer, *a.box[0]) for a in t.reads if a.buffer in weights)
+    segments = sorted((w, row, row + rows) for part, row, rows in found for w in node.parts[part].weights)
+    if _joined(declared) != _joined(segments):
+        text = f"{names(tg, [t.id])} streams rows {segments}; it declares {declared}"
+        raise VerificationError("P1", text, origin=node.origin)
+    return found
+
+
+def _joined(rows: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Adjacent row ranges of one weight as one."""
+    out: list[tuple[str, int, int]] = []
+    for name, start, stop in rows:
+        if out and out[-1][0] == name and out[-1][2] == start:
+            start = out.pop()[1]
+        out.append((name, start, stop))
+    return out
+
+
+def _follow(
+    p: Program, t: Task, node: Linear, part: int, row: int, rows: int, runs: np.ndarray, run: int, end: int
+) -> int:
+    """Match runs with the rows of one segment, in order. The run after the last."""
+    tg = p.schedule.tasks
+    weights = [tg.buffers[w] for w in node.parts[part].weights]
+    stop = row + rows
+    while row < stop:
+        if run >= end:
+            raise VerificationError("P1", f"no run brings row {row} of {weights[0].name} to {names(tg, [t.id])}")
+        r = runs[run]
+        bases = [_reference(p, w, row) for w in weights] + [abi.NO_REF] * (2 - len(weights))
+        have = [int(r["base0"]), int(r["base1"])]
+        if bases != have or int(r["rows"]) == 0 or row + int(r["rows"]) > stop:
+            text = f"run {run} of {int(r['rows'])} rows from {_show(p, have)} feeds {names(tg, [t.id])}, "
+            text += f"which needs rows {row}:{stop} of {', '.join(w.name for w in weights)} from {_show(p, bases)}"
+            raise VerificationError("P1", text, origin=node.origin)
+        if int(r["row_bytes"]) != weights[0].strides[0] * weights[0].dtype.itemsize:
+            text = f"run {run} steps by {int(r['row_bytes'])} bytes; {weights[0].name} has strides {weights[0].strides}"
+            raise VerificationError("P3", text, origin=node.origin)
+        row += int(r["rows"])
+        run += 1
+    return run
+
+
+def _reference(p: Program, w: Buffer, row: int) -> int:
+    if w.storage not in p.bindings:
+        raise VerificationError("P3", f"weight {w.name} is not bound")
+    return p.bindings.index(w.storage) << 40 | row * w.strides[0] * w.dtype.itemsize
+
+
+def _show(p: Program, refs: list[int]) -> str:
+    def one(ref: int) -> str:
+        if ref == abi.NO_REF:
+            return "none"
+        if ref & abi.ARENA_REF:
+            return f"arena+{ref & (abi.ARENA_REF - 1)}"
+        i = ref >> 40
+        return f"{p.bindings[i] if i < len(p.bindings) else f'binding {i}'}+{ref & ((1 << 40) - 1)}"
+
+    return " and ".join(map(one, refs))
+
+
+def check_copies(p: Program, tables: Mapping[str, np.ndarray]) -> None:
+    """P3: every copy lies inside memory that the caller handed in and that no task writes (the loader waits for no
+    event), in whole 16-byte pieces."""
+    s = p.schedule
+    bound = bound_buffers(p, s.tasks.buffers)
+    written = {s.tasks.buffers[a.buffer].storage for t in s.tasks.tasks for a in t.writes}
+    runs = tables["runs"]
+    size = runs["rows"].astype(np.int64) * runs["row_bytes"].astype(np.int64)
+    copy, row = runs["copy"].astype(np.int64), runs["row_bytes"].astype(np.int64)
+    uneven = (copy <= 0) | (copy % 16 != 0) | (row % 16 != 0)
+    uneven |= (row % np.maximum(copy, 1) != 0) & (copy % np.maximum(row, 1) != 0) & (runs["tiled"] == 0)
+    if uneven.any():
+        k = int(np.argmax(uneven))
+        raise VerificationError("P3", f"run {k} copies {copy[k]} bytes at a time of rows of {row[k]}")
+    for field in ("base0", "base1"):
+        arena, binding, offset = split(runs[field])
+        for k in np.flatnonzero(runs[field] != np.uint64(abi.NO_REF)).tolist():
+            b = bound[binding[k]] if not arena[k] and binding[k] < len(bound) else None
+            if b is None or b.storage in written:
+                text = f"run {k} copies from {'the arena' if arena[k] else f'binding {binding[k]}'}"
+                text += ", which a task writes" if b is not None else ", which is no memory of the caller"
+                raise VerificationError("P3", text)
+            if offset[k] + size[k] > span(b):
+                text = f"run {k} copies bytes {offset[k]}:{offset[k] + size[k]} of {b.name}, which has {span(b)}"
+                raise VerificationError("P3", text)
