@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..ir.expr import acc, cast, load, render, substitute
-from ..ir.graph import Attention, Graph
+from ..ir.expr import Expr, acc, cast, const, index, load, op, render, substitute, var, where
+from ..ir.graph import Append, Attention, Graph, Node
 from ..ir.region import Access, Side
 from ..ir.types import Buffer, BufferKind, DType, buffer
 from .access import access_bytes, arithmetic, index_box, read_accesses, write_accesses
 from .evaluate import compile_assignment, compile_exprs, evaluate
+from .sampling import F32, Sample, rms_norm
 from .spec import Memory, TileSpec, Tiling
 
 MIN_KEYS = 32
@@ -94,9 +95,9 @@ class AttentionOperator:
         partition = render(node.append.position) if node.append else ""
         side = Side.OFF if node.append else None
         caches = []
-        for name, index in ((node.keys, node.key_index), (node.values, node.value_index)):
-            caches.append(Access(name, index_box(index, buffers[name].shape, ranges), partition, side))
-            rest += [a for a in read_accesses(index, ranges, buffers) if a not in rest]
+        for name, idx in ((node.keys, node.key_index), (node.values, node.value_index)):
+            caches.append(Access(name, index_box(idx, buffers[name].shape, ranges), partition, side))
+            rest += [a for a in read_accesses(idx, ranges, buffers) if a not in rest]
         if splits == 1:
             writes = write_accesses(node.out, node.store, ranges, buffers)
         else:
@@ -108,8 +109,8 @@ class AttentionOperator:
         flops = 4 * group_size(node) * node.d.size * node.s.size // splits + arithmetic((*shared, *appended), ranges)
         if node.append and split == 0:
             rows = [(node.append.keys, node.key_index), (node.append.values, node.value_index)]
-            for name, index in rows:
-                box = index_box(index, buffers[name].shape, ranges)
+            for name, idx in rows:
+                box = index_box(idx, buffers[name].shape, ranges)
                 writes.append(Access(name, box, partition, Side.AT))
                 moved += node.d.size * buffers[name].dtype.itemsize
         return TileSpec("attention", (b, g, split, splits), (*rest, *caches), tuple(writes), moved, flops)
@@ -146,8 +147,8 @@ class AttentionOperator:
         at_b, at_g, every_d = {node.b: (b, b + 1)}, {node.g: (g, g + 1)}, {node.d: (0, node.d.size)}
         query = compile_exprs((node.q,), {**at_b, node.h: heads, **every_d}, buffers)
         cache_loads = [
-            load(name, index, buffers[name].dtype)
-            for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
+            load(name, idx, buffers[name].dtype)
+            for name, idx in ((node.keys, node.key_index), (node.values, node.value_index))
         ]
         caches = compile_exprs(cache_loads, {**at_b, **at_g, node.s: (0, keys), **every_d}, buffers)
         limits = compile_exprs([e for e in (node.first, node.last) if e is not None], at_b, buffers)
@@ -168,12 +169,12 @@ class AttentionOperator:
                 compile_assignment(
                     cast(acc(0), buffers[name].dtype),
                     name,
-                    tuple(substitute(i, {node.s: append.position}) for i in index),
+                    tuple(substitute(i, {node.s: append.position}) for i in idx),
                     {**at_b, **at_g, **every_d},
                     buffers,
                     accumulators=1,
                 )
-                for name, index in ((append.keys, node.key_index), (append.values, node.value_index))
+                for name, idx in ((append.keys, node.key_index), (append.values, node.value_index))
             ]
 
         def task(memory: Memory) -> None:
@@ -234,9 +235,9 @@ class AttentionOperator:
         q = evaluate(node.q, {**over_b, **over_h, **over_d}, memory).float().expand(batch, node.h.size, depth)
         key_shape = (batch, node.g.size, keys, depth)
         k, v = (
-            evaluate(load(name, index, buffers[name].dtype), {**over_b, **over_g, **over_s, **over_d}, memory)
+            evaluate(load(name, idx, buffers[name].dtype), {**over_b, **over_g, **over_s, **over_d}, memory)
             .float().expand(key_shape).clone()
-            for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
+            for name, idx in ((node.keys, node.key_index), (node.values, node.value_index))
         )
         if node.append is not None:
             at = evaluate(node.append.position, over_b, memory).expand(batch).tolist()
@@ -245,12 +246,12 @@ class AttentionOperator:
                 for e in (node.append.key, node.append.value)
             ]
             places = ((node.append.keys, node.key_index, k), (node.append.values, node.value_index, v))
-            for (name, index, copy), row in zip(places, rows, strict=True):
+            for (name, idx, copy), row in zip(places, rows, strict=True):
                 for i, s in enumerate(at):
                     copy[i, :, s] = row[i].float()
                     ranges = {node.b: (i, i + 1), **over_g, node.s: (s, s + 1), **over_d}
                     where = tuple(
-                        evaluate(e, ranges, memory).expand(1, node.g.size, 1, depth)[0, :, 0] for e in index
+                        evaluate(e, ranges, memory).expand(1, node.g.size, 1, depth)[0, :, 0] for e in idx
                     )
                     memory[name][where] = row[i]
         group = node.h.size // node.g.size
@@ -270,6 +271,19 @@ class AttentionOperator:
         where = tuple(evaluate(e, ranges, memory).expand(result.shape) for e in node.store)
         memory[node.out][where] = result.to(memory[node.out].dtype)
 
+    def samples(self) -> list[tuple[Node, Graph]]:
+        """Group sizes 1, 2, 4, 7; head sizes 16 to 128; cache lengths that divide by nothing; masks; live ranges;
+        with and without append; prologues on q and k."""
+        bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
+        return [
+            _sample(bf16, 1, 2, 1, 37, 16), _sample(f16, 2, 1, 7, 45, 80, append=True),
+            _sample(f32, 2, 2, 2, 131, 64, append=True, mask="bool"),
+            _sample(bf16, 1, 1, 4, 200, 128, append=True, mask="bool", live=True, norm=True),
+            _sample(bf16, 3, 1, 2, 67, 64, mask="float"), _sample(f32, 1, 3, 4, 9, 16, mask="heads", live=True),
+            _sample(bf16, 2, 2, 7, 100, 64, append=True, mask="causal", norm=True),
+            _sample(f16, 2, 2, 1, 71, 16, append=True, live=True),
+        ]
+
     def at_position(
         self, node: Attention, buffers: Mapping[str, Buffer], access: Access, memory: Memory
     ) -> torch.Tensor:
@@ -279,12 +293,12 @@ class AttentionOperator:
         if node.append is None or access.partition != render(node.append.position):
             raise ValueError(f"{node.name} has no partition {access.partition!r}")
         of_keys = access.buffer in (node.keys, node.append.keys)
-        index = node.key_index if of_keys else node.value_index
+        idx = node.key_index if of_keys else node.value_index
         out = torch.zeros([stop - start for start, stop in access.box], dtype=torch.bool)
         at = evaluate(node.append.position, {node.b: (0, node.b.size)}, memory).expand(node.b.size).tolist()
         for b, s in enumerate(at):
             ranges = {node.b: (b, b + 1), node.g: (0, node.g.size), node.s: (s, s + 1), node.d: (0, node.d.size)}
-            box = index_box(index, buffers[access.buffer].shape, ranges)
+            box = index_box(idx, buffers[access.buffer].shape, ranges)
             inside = [(max(a, c) - a, min(z, e) - a) for (a, z), (c, e) in zip(access.box, box, strict=True)]
             if all(start < stop for start, stop in inside):
                 out[tuple(slice(start, stop) for start, stop in inside)] = True
@@ -310,3 +324,52 @@ def softmax_parts(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 def divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Quotient, 0 where the denominator is 0."""
     return torch.where(denominator > 0, numerator / denominator, 0.0)
+
+
+def _sample(
+    dtype: DType, batch: int, groups: int, group: int, keys: int, depth: int,
+    append: bool = False, mask: str = "", live: bool = False, norm: bool = False,
+) -> tuple[Node, Graph]:
+    s, heads = Sample(), groups * group
+    b, h, g, k, d = var("b", batch), var("h", heads), var("g", groups), var("s", keys), var("d", depth)
+    q, out = s.input("q", dtype, batch, heads, depth), s.output("out", dtype, batch, 1, heads * depth)
+    k_old, k_new = s.state("keys", dtype, batch, groups, keys, depth)
+    v_old, v_new = s.state("values", dtype, batch, keys, groups, depth)
+    query: Expr = s.at(q, b, h, d)
+    if norm:
+        weight = s.param("q_norm", dtype, depth)
+        query = rms_norm(lambda i: s.wide(q, b, h, i), d, lambda i: s.wide(weight, i), dtype)
+    added = None
+    if append:
+        position, new = s.input("position", DType.I64), s.input("new", dtype, batch, groups, 2, depth)
+        half = index(depth // 2)
+        partner = where(
+            op("lt", d, half),
+            op("neg", s.wide(new, b, g, 0, op("add", d, half))),
+            s.wide(new, b, g, 0, op("sub", d, half)),
+        )
+        key = cast(op("add", s.wide(new, b, g, 0, d), op("mul", partner, const(0.25, F32))), dtype)
+        added = Append(s.at(position), key, s.at(new, b, g, 1, d), k_new, v_new)
+    masks: dict[str, Expr | None] = {"": None}
+    if mask == "bool":
+        masks[mask] = s.at(s.input("mask", DType.BOOL, batch, 1, 1, keys), b, 0, 0, k)
+    elif mask == "float":
+        masks[mask] = s.at(s.input("mask", dtype, batch, 1, 1, keys), b, 0, 0, k)
+    elif mask == "heads":
+        masks[mask] = s.at(s.input("mask", F32, heads, keys), h, k)
+    elif mask == "causal":
+        length = added.position if added else index(keys // 2)
+        masks[mask] = op("le", k, length)
+    first = last = None
+    if live:
+        first = s.at(s.input("first", DType.I64, batch), b)
+        last = s.at(s.input("last", DType.I64, batch), b)
+    store = (b, index(0), op("add", op("mul", h, index(depth)), d))
+    node = Attention(
+        "attention", b, h, g, k, d, query, k_old, (b, g, k, d), v_old, (b, k, g, d), depth**-0.5, out, store,
+        masks[mask], first, last, added,
+    )
+    if not append:
+        for name in (k_new, v_new):
+            del s.buffers[name]
+    return s.graph(node)

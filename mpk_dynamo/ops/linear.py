@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..ir.graph import Graph, Linear, LinearPart
+from ..ir.expr import Expr, acc, cast, index, op, var
+from ..ir.graph import Graph, Linear, LinearPart, Node
 from ..ir.region import Access
-from ..ir.types import Buffer
+from ..ir.types import Buffer, DType
 from .access import access_bytes, arithmetic, read_accesses, write_accesses
 from .evaluate import compile_assignment, compile_exprs, evaluate
+from .sampling import Sample, rms_norm, silu
 from .spec import Memory, TileSpec, Tiling
 
 TENSOR_CORE_ROWS = 8
@@ -158,6 +160,18 @@ class LinearOperator:
             value = evaluate(part.epilogue, ranges, memory, accumulators).expand(sizes).clone()
             memory[part.out][tuple(evaluate(e, ranges, memory).expand(sizes) for e in part.store)] = value
 
+    def samples(self) -> list[tuple[Node, Graph]]:
+        """Types, token counts, depths that are no power of two, rows that divide by nothing, several parts, joint
+        weights, prologues and epilogues."""
+        bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
+        return [
+            _plain(bf16, 1, 64, 37), _plain(f16, 3, 72, 50), _plain(f32, 8, 40, 133), _plain(bf16, 16, 136, 24),
+            _plain(bf16, 1, 520, 700),  # more weights than `run` converts at a time
+            _gated(bf16, 1, 72, 45), _gated(f16, 8, 64, 20), _gated(f32, 1, 24, 5),
+            _residual(bf16, 1, 104, 33), _residual(f16, 16, 48, 17),
+            _qkv(bf16, 1, 64, (6, 2, 2), 16), _qkv(bf16, 3, 64, (4, 1, 1), 24), _qkv(f32, 16, 32, (3, 3, 3), 8),
+            _mixed(bf16, 1, 40),
+        ]
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """x [T, K] in f32 times rows [start, stop) of a weight [N, K], accumulated in f32: [T, stop - start] f32."""
@@ -169,3 +183,67 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> to
         last = min(first + rows, stop)
         out[:, first - start : last - start] = x @ weight[first:last].float().T
     return out
+
+
+def _node(s: Sample, name: str, t: int, k: int, x: Expr, parts: list[LinearPart]) -> tuple[Node, Graph]:
+    return s.graph(Linear(name, var("t", t), var("k", k), x, tuple(parts)))
+
+
+def _plain(dtype: DType, t: int, k: int, n: int) -> tuple[Node, Graph]:
+    s, tv, kv, nv = Sample(), var("t", t), var("k", k), var("n", n)
+    x, w, out = s.input("x", dtype, t, k), s.param("w", dtype, n, k), s.output("out", dtype, t, n)
+    part = LinearPart((w,), n, cast(acc(0), dtype), out, (tv, nv))
+    return _node(s, "plain", t, k, s.at(x, tv, kv), [part])
+
+
+def _normed(s: Sample, dtype: DType, t: int, k: int) -> Expr:
+    x, w = s.input("x", dtype, t, 1, k), s.param("norm", dtype, k)
+    tv, kv = var("t", t), var("k", k)
+    return rms_norm(lambda i: s.wide(x, tv, 0, i), kv, lambda i: s.wide(w, i), dtype)
+
+
+def _gated(dtype: DType, t: int, k: int, n: int) -> tuple[Node, Graph]:
+    """silu(gate + bias) * up of a normed input, rounded like the unfused graph."""
+    s, tv, nv = Sample(), var("t", t), var("n", n)
+    x = _normed(s, dtype, t, k)
+    gate, up, bias = s.param("gate", dtype, n, k), s.param("up", dtype, n, k), s.param("bias", dtype, n)
+    out = s.output("out", dtype, t, 1, n)
+    biased = cast(cast(op("add", acc(0), s.wide(bias, nv)), dtype), DType.F32)
+    act = cast(cast(silu(biased), dtype), DType.F32)
+    y = cast(op("mul", act, cast(cast(acc(1), dtype), DType.F32)), dtype)
+    return _node(s, "gated", t, k, x, [LinearPart((gate, up), n, y, out, (tv, index(0), nv))])
+
+
+def _residual(dtype: DType, t: int, k: int, n: int) -> tuple[Node, Graph]:
+    s, tv, nv, kv = Sample(), var("t", t), var("n", n), var("k", k)
+    heads, w = s.input("heads", dtype, t, k // 8, 8), s.param("w", dtype, n, k)
+    residual, out = s.input("residual", dtype, t, n), s.output("out", dtype, t, n)
+    x = s.at(heads, tv, op("floordiv", kv, index(8)), op("mod", kv, index(8)))
+    rounded = cast(cast(acc(0), dtype), DType.F32)
+    y = cast(op("add", s.wide(residual, tv, nv), rounded), dtype)
+    return _node(s, "residual", t, k, x, [LinearPart((w,), n, y, out, (tv, nv))])
+
+
+def _qkv(dtype: DType, t: int, k: int, heads: tuple[int, int, int], d: int) -> tuple[Node, Graph]:
+    """Three parts, stored by head: [t, head, d]."""
+    s, tv = Sample(), var("t", t)
+    x, parts = _normed(s, dtype, t, k), []
+    for name, h in zip("qkv", heads, strict=True):
+        n, nv = h * d, var("n", h * d)
+        w, b, out = s.param(f"w{name}", dtype, n, k), s.param(f"b{name}", dtype, n), s.output(name, dtype, t, h, d)
+        y = cast(op("add", acc(0), s.wide(b, nv)), dtype)
+        store = (tv, op("floordiv", nv, index(d)), op("mod", nv, index(d)))
+        parts.append(LinearPart((w,), n, y, out, store))
+    return _node(s, "qkv", t, k, x, parts)
+
+
+def _mixed(dtype: DType, t: int, k: int) -> tuple[Node, Graph]:
+    """A part with two joint weights beside one with a single weight of another output type."""
+    s, tv, kv = Sample(), var("t", t), var("k", k)
+    x = s.at(s.input("x", dtype, t, k), tv, kv)
+    a, b, c = s.param("a", dtype, 29, k), s.param("b", dtype, 29, k), s.param("c", dtype, 18, k)
+    joint, single = s.output("joint", dtype, t, 29), s.output("single", DType.F32, t, 18)
+    return _node(s, "mixed", t, k, x, [
+        LinearPart((a, b), 29, cast(op("mul", acc(0), acc(1)), dtype), joint, (tv, var("n", 29))),
+        LinearPart((c,), 18, op("tanh", acc(0)), single, (tv, var("n", 18))),
+    ])
