@@ -28,7 +28,7 @@ class Captured:
 
     graph: the computation, unfused. arguments: name of each of the caller's storages -> its index among the example
     inputs. constants: name of each storage that is a tensor held by the traced graph -> that tensor; bind it like an
-    input. sources: storage name -> where it came from, in Dynamo's words. nodes_total: ATen calls in the traced
+    input. sources: storage name -> the dotted name of what it came from. nodes_total: ATen calls in the traced
     graph. report: lines about the capture, for people.
     """
 
@@ -196,7 +196,7 @@ class Importer:
         self.buffers[name] = buffer(
             name, DTYPES[fake.dtype], shape, kind, strides=tuple(fake.stride()) or None, origin=place.source
         )
-        self.callers[name], self.sources[name] = position, place.source
+        self.callers[name], self.sources[name] = position, place.name
         return whole(Memory(name, DTYPES[fake.dtype], shape, buffer=name, caller=True))
 
     def _attribute(self, node: fx.Node) -> View:
