@@ -1,0 +1,263 @@
+"""The kernel cache: hits, damage, races, permissions. A broken cache recompiles, and never gives a wrong kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import toy_program
+
+from mpk_dynamo.runtime import cache as cache_module
+from mpk_dynamo.runtime import sources
+from mpk_dynamo.runtime.cache import Cache, default_dir, digest
+from mpk_dynamo.targets import known
+
+KEY = "ab" * 32
+CUBIN = bytes(range(256)) * 8
+DESCRIPTION = {"arch": "sm_90a", "report": {"registers": 32}, "options": ("-a",)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings(monkeypatch):
+    monkeypatch.setattr(cache_module, "_warned", set())
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A cache with one entry, and the entry's path."""
+    store = Cache(tmp_path / "cache")
+    assert store.put(KEY, CUBIN, DESCRIPTION)
+    return store, store.folder / f"{KEY}.mpk"
+
+
+def test_an_entry_comes_back(stored):
+    store, path = stored
+    cubin, description = store.get(KEY)
+    assert cubin == CUBIN and description["report"] == {"registers": 32}
+    assert path.stat().st_mode & 0o777 == 0o600 and store.folder.stat().st_mode & 0o777 == 0o700
+    assert [p.name for p in store.folder.iterdir()] == [path.name]
+    assert store.get("cd" * 32) is None
+
+
+@pytest.mark.parametrize("where", (0, 40, -1))
+def test_a_flipped_bit_is_found(stored, where):
+    store, path = stored
+    data = bytearray(path.read_bytes())
+    data[where] ^= 4
+    path.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert store.get(KEY) is None
+
+
+@pytest.mark.parametrize("keep", (0, 10, -1, -len(CUBIN)))
+def test_a_truncated_entry_is_found(stored, keep):
+    store, path = stored
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert store.get(KEY) is None
+
+
+def test_a_changed_description_is_found(stored):
+    store, path = stored
+    path.write_bytes(path.read_bytes().replace(b'"registers": 32', b'"registers": 33'))
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert store.get(KEY) is None
+
+
+def test_an_entry_under_another_name_is_not_taken(stored):
+    store, path = stored
+    other = "cd" * 32
+    os.link(path, store.folder / f"{other}.mpk")
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert store.get(other) is None
+
+
+@pytest.mark.parametrize("mode", (0o620, 0o602))
+def test_an_entry_others_can_write_is_refused(stored, mode):
+    store, path = stored
+    path.chmod(mode)
+    with pytest.warns(RuntimeWarning, match="written by others"):
+        assert store.get(KEY) is None
+
+
+def test_a_folder_others_can_write_is_refused(stored):
+    store, _ = stored
+    store.folder.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="written by others"):
+        assert store.get(KEY) is None
+    with pytest.warns(RuntimeWarning, match="not kept"):
+        assert not store.put(KEY, CUBIN, DESCRIPTION)
+
+
+def test_an_entry_of_another_user_is_refused(stored, monkeypatch):
+    store, _ = stored
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.warns(RuntimeWarning, match="belongs to user"):
+        assert store.get(KEY) is None
+
+
+def test_a_link_is_refused(stored, tmp_path):
+    store, path = stored
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(RuntimeWarning, match="not used"):
+        assert store.get(KEY) is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
+def test_a_read_only_folder_gives_one_warning(tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    _expect_one_warning(Cache(tmp_path / "cache"))
+
+
+def test_a_folder_that_cannot_be_made_gives_one_warning(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    _expect_one_warning(Cache(tmp_path / "file" / "cache"))
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    store = Cache(tmp_path / "cache")
+    store.folder.mkdir(mode=0o700)
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    _expect_one_warning(store)
+    assert list(store.folder.iterdir()) == []
+
+
+def _expect_one_warning(store):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not store.put(KEY, CUBIN, DESCRIPTION)
+        assert not store.put(KEY, CUBIN, DESCRIPTION)
+        assert store.get(KEY) is None
+    assert len(caught) == 1 and "MPK_CACHE_DIR" in str(caught[0].message)
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MPK_CACHE_DIR", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert default_dir() == tmp_path / "a"
+    monkeypatch.delenv("MPK_CACHE_DIR")
+    assert default_dir() == tmp_path / "b" / "mpk_dynamo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_dir() == tmp_path / ".cache" / "mpk_dynamo"
+
+
+def test_digest_depends_on_every_input():
+    base = {"source": b"x", "options": ["-a"], "abi": 1}
+    changed = [base | {"source": b"y"}, base | {"options": ["-a", "-b"]}, base | {"abi": 2}, base | {"file a": b""}]
+    assert len({digest(v) for v in (base, *changed)}) == 5
+    assert digest(base) == digest(dict(reversed(base.items())))
+
+
+# --- build() with the cache -----------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+sys.path[:0] = {path!r}
+import toy_program
+from mpk_dynamo.runtime.build import build
+from mpk_dynamo.targets import known
+for i in range(3):
+    a = build(toy_program.program(), known("sm_90a"), cache_dir=sys.argv[1])
+print(a.key, len(a.cubin))
+"""
+
+
+@pytest.fixture
+def toolchain():
+    return pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+
+
+def _build(folder, program=None, target="sm_90a", **options):
+    from mpk_dynamo.runtime.build import build
+
+    return build(program or toy_program.program(), known(target), cache_dir=folder, **options)
+
+
+def test_build_hits_and_survives_damage(toolchain, tmp_path):
+    cold = _build(tmp_path / "c")
+    warm = _build(tmp_path / "c")
+    assert not cold.from_cache and warm.from_cache
+    assert (warm.cubin, warm.report, warm.key) == (cold.cubin, cold.report, cold.key)
+    (entry,) = (tmp_path / "c").iterdir()
+    entry.write_bytes(entry.read_bytes()[:-7])
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        again = _build(tmp_path / "c")
+    assert not again.from_cache and again.cubin == cold.cubin
+    assert _build(tmp_path / "c").from_cache  # the damaged entry was replaced
+
+
+def test_build_recompiles_when_an_input_changes(toolchain, tmp_path):
+    program = toy_program.program()
+    first = _build(tmp_path / "c", program)
+    for other, target, options in (
+        (dataclasses.replace(program, source=program.source + "// changed\n"), "sm_90a", {}),
+        (program, "sm_80", {}),
+        (program, "sm_90a", {"lineinfo": True}),
+    ):
+        artifact = _build(tmp_path / "c", other, target, **options)
+        assert not artifact.from_cache and artifact.key != first.key
+    assert _build(tmp_path / "c", dataclasses.replace(program, threads=32)).from_cache  # not part of the cubin
+
+
+def test_build_recompiles_when_a_header_changes(toolchain, tmp_path, monkeypatch):
+    folder = tmp_path / "include"
+    (folder / "mpk" / "tasks").mkdir(parents=True)
+    (folder / "mpk/tasks/one.cuh").write_text('#include "../two.cuh"\n')
+    (folder / "mpk/two.cuh").write_text("#define TWO 2\n")
+    (folder / "mpk/unused.cuh").write_text("#define THREE 3\n")
+    # by module object: the package's attribute `build` is the function
+    monkeypatch.setattr(importlib.import_module("mpk_dynamo.runtime.build"), "include_dir", lambda: folder)
+    program = toy_program.program('#include "mpk/tasks/one.cuh"\n' + toy_program.SOURCE)
+    assert not _build(tmp_path / "c", program).from_cache
+    (folder / "mpk/unused.cuh").write_text("#define THREE 4\n")
+    assert _build(tmp_path / "c", program).from_cache
+    (folder / "mpk/two.cuh").write_text("#define TWO 3\n")
+    assert not _build(tmp_path / "c", program).from_cache
+
+
+def test_an_entry_of_another_version_is_replaced(toolchain, tmp_path):
+    first = _build(tmp_path / "c")
+    store = Cache(tmp_path / "c")
+    cubin, description = store.get(first.key)
+    store.put(first.key, cubin, {**description, "report": {"threads": 1}})
+    assert not _build(tmp_path / "c").from_cache
+
+
+def test_two_processes_share_a_folder(toolchain, tmp_path):
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    command = [sys.executable, "-c", WRITER.format(path=path), str(tmp_path / "c")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [p.communicate(timeout=120) for p in running]
+    assert [p.returncode for p in running] == [0, 0], outputs
+    assert outputs[0] == outputs[1] and outputs[0][1] == ""
+    (entry,) = (tmp_path / "c").iterdir()
+    head = json.loads(entry.read_bytes().partition(b"\n")[0])
+    assert entry.stem in outputs[0][0] and head["format"] == cache_module.FORMAT
+
+
+def test_closure_follows_includes(tmp_path):
+    (tmp_path / "mpk/a").mkdir(parents=True)
+    (tmp_path / "mpk/a/x.cuh").write_text('#  include <mpk/y.cuh>\n#include "z.cuh"\n#include "mpk/abi.h"\n')
+    (tmp_path / "mpk/y.cuh").write_text('#include "a/x.cuh"\n#include "../../escape.h"\n#include "missing.h"\n')
+    (tmp_path / "mpk/a/z.cuh").write_text('// #include "mpk/not.cuh" stays a comment\n')
+    (tmp_path / "mpk/not.cuh").write_text("")
+    found = sources.closure('#include "mpk/a/x.cuh"\n', tmp_path, frozenset({"mpk/abi.h"}))
+    assert list(found) == ["mpk/a/x.cuh", "mpk/a/z.cuh", "mpk/y.cuh"]
+
+
+def test_device_sources_are_found():
+    assert (sources.include_dir() / "mpk").is_dir()
