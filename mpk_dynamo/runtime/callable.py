@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import LaunchError
-from ..ir.graph import Output
+from ..ir.graph import Graph, Output
 from ..ir.types import Buffer, BufferKind, DType
 from .launch import Binding, Executable
 
@@ -48,8 +48,7 @@ class _Caller:
 
 
 class DeviceCallable:
-    """`callable(*args)` runs one step on torch's current stream and returns a tuple in the order of the graph's
-    outputs. The graph is that of the executable's program.
+    """`callable(*args)` runs one step on torch's current stream and returns a tuple in the order of graph.outputs.
 
     `arguments` maps storages to positions in `args`, `constants` to tensors that the graph holds. Shapes, strides,
     dtypes and devices of `args` are those of the graph's buffers: checked on the first call, and from then on by
@@ -63,16 +62,15 @@ class DeviceCallable:
     def __init__(
         self,
         executable: Executable,
+        graph: Graph,
         arguments: Mapping[str, int],
         constants: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self.executable = executable
+        self.executable, self._buffers = executable, graph.buffers
         self._device = executable.device.torch_device
         self._constants = dict(constants or {})
-        program = executable.program
-        graph, self._buffers = program.schedule.tasks.graph, program.schedule.tasks.buffers
         callers, made, self._fixed = [], [], []
-        for word, storage in enumerate(program.bindings):
+        for word, storage in enumerate(executable.program.bindings):
             buffer = self._buffers[storage]
             if buffer.kind is BufferKind.OUTPUT:
                 made.append((word, buffer))

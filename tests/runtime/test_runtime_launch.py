@@ -29,6 +29,10 @@ def make(device=None, program=None, **options):
     return Executable(ARTIFACT, program or toy_program.program(), known("sm_90a"), device=device, **options)
 
 
+def callable_of(executable, *arguments):
+    return DeviceCallable(executable, executable.program.schedule.tasks.graph, *arguments)
+
+
 def tensors():
     """w, x, an argument the kernel does not use, n."""
     w = torch.nn.Parameter(torch.randn(toy_program.SIZE), requires_grad=False)
@@ -126,7 +130,7 @@ def test_a_malformed_table_is_refused():
 
 def test_each_stream_has_its_own_arena_and_control_block():
     device = HostDevice()
-    run = DeviceCallable(make(device), ARGUMENTS)
+    run = callable_of(make(device), ARGUMENTS)
     args = tensors()
     for stream in (0, 7, 9, 7, 0):
         device.current = stream
@@ -139,7 +143,7 @@ def test_each_stream_has_its_own_arena_and_control_block():
 
 def test_each_capture_has_its_own_arena_and_control_block():
     device = HostDevice()
-    run = DeviceCallable(make(device), ARGUMENTS)
+    run = callable_of(make(device), ARGUMENTS)
     args = tensors()
     device.current = 7
     run(*args)
@@ -158,12 +162,12 @@ def test_an_exception_while_binding_launches_nothing_and_frees_the_lock():
     with pytest.raises(ZeroDivisionError), executable.prepared():
         raise ZeroDivisionError
     assert not executable.device.kernel.launches
-    DeviceCallable(executable, ARGUMENTS)(*tensors())
+    callable_of(executable, ARGUMENTS)(*tensors())
     assert len(executable.device.kernel.launches) == 1
 
 
 def test_threads_do_not_mix_their_pointers():
-    run = DeviceCallable(make(), ARGUMENTS)
+    run = callable_of(make(), ARGUMENTS)
     w, _, unused, n = tensors()
     wrong = []
 
@@ -186,13 +190,13 @@ def test_threads_do_not_mix_their_pointers():
 
 def test_results_are_in_the_order_of_the_graph():
     args = tensors()
-    y, seven, n = DeviceCallable(make(), ARGUMENTS)(*args)
+    y, seven, n = callable_of(make(), ARGUMENTS)(*args)
     assert torch.equal(y, 2 * args[1] + args[0])
     assert seven == 7 and n is args[3] and n.item() == 6
 
 
 def test_each_call_returns_new_tensors():
-    run, args = DeviceCallable(make(), ARGUMENTS), tensors()
+    run, args = callable_of(make(), ARGUMENTS), tensors()
     first, _, _ = run(*args)
     kept = first.clone()
     args[1] = args[1] + 1
@@ -201,13 +205,13 @@ def test_each_call_returns_new_tensors():
 
 
 def test_one_buffer_can_be_returned_twice():
-    run = DeviceCallable(make(program=with_outputs(toy_program.program(), Output("y"), Output("y"))), ARGUMENTS)
+    run = callable_of(make(program=with_outputs(toy_program.program(), Output("y"), Output("y"))), ARGUMENTS)
     first, second = run(*tensors())
     assert first is second
 
 
 def test_tensors_may_move_between_calls():
-    run, args = DeviceCallable(make(), ARGUMENTS), tensors()
+    run, args = callable_of(make(), ARGUMENTS), tensors()
     run(*args)
     args[0].data = torch.randn(toy_program.SIZE)  # the same Parameter object at another address
     args[3] = torch.tensor(40)
@@ -218,7 +222,7 @@ def test_tensors_may_move_between_calls():
 def test_constants_of_the_graph_are_bound():
     args = tensors()
     w = args[0].detach().clone()
-    run = DeviceCallable(make(), {"x": 0, "n": 1}, {"w": w})
+    run = callable_of(make(), {"x": 0, "n": 1}, {"w": w})
     assert torch.equal(run(args[1], args[3])[0], 2 * args[1] + w)
 
 
@@ -226,7 +230,7 @@ def test_a_misaligned_input_is_copied():
     args = tensors()
     args[1] = torch.rand(toy_program.SIZE + 1)[1:]
     assert args[1].data_ptr() % 16
-    y, _, _ = DeviceCallable(make(), ARGUMENTS)(*args)
+    y, _, _ = callable_of(make(), ARGUMENTS)(*args)
     assert torch.equal(y, 2 * args[1] + args[0])
 
 
@@ -234,7 +238,7 @@ def test_a_misaligned_parameter_is_refused_with_its_place():
     args = tensors()
     args[0] = torch.randn(toy_program.SIZE + 1)[1:]
     with pytest.raises(LaunchError, match=r"param w lies at .* not a multiple of 16 bytes at model\.w") as caught:
-        DeviceCallable(make(), ARGUMENTS)(*args)
+        callable_of(make(), ARGUMENTS)(*args)
     assert caught.value.origin == "model.w"
 
 
@@ -246,12 +250,12 @@ def test_other_arguments_than_captured_are_refused(wrong):
     args = tensors()
     args[1] = wrong
     with pytest.raises(LaunchError, match=r"argument 1 \(input x\) is"):
-        DeviceCallable(make(), ARGUMENTS)(*args)
+        callable_of(make(), ARGUMENTS)(*args)
 
 
 def test_a_binding_nobody_provides():
     with pytest.raises(LaunchError, match="binding n .state."):
-        DeviceCallable(make(), {"x": 0, "w": 1})
+        callable_of(make(), {"x": 0, "w": 1})
 
 
 # --- faults ---------------------------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ def failing(executable):
     """Arguments that make the toy kernel report a fault."""
     args = tensors()
     args[1].fill_(-1.0)
-    DeviceCallable(executable, ARGUMENTS)(*args)
+    callable_of(executable, ARGUMENTS)(*args)
 
 
 def test_a_fault_names_worker_task_event_and_module():
@@ -279,7 +283,7 @@ def test_a_fault_names_worker_task_event_and_module():
 def test_after_a_fault_every_launch_raises_the_same():
     executable = make()
     failing(executable)
-    run, messages = DeviceCallable(executable, ARGUMENTS), []
+    run, messages = callable_of(executable, ARGUMENTS), []
     for _ in range(2):
         with pytest.raises(DeviceFault) as caught:
             run(*tensors())
@@ -293,7 +297,7 @@ def test_a_record_that_is_only_claimed_is_no_fault_yet():
     record = toy_program.read(executable._record.host, abi.FAULT.dtype, 1)
     record["state"] = 1
     executable.check_fault()
-    DeviceCallable(executable, ARGUMENTS)(*tensors())
+    callable_of(executable, ARGUMENTS)(*tensors())
 
 
 @pytest.mark.parametrize("kind", range(len(abi.FAULT_KINDS) + 1))
