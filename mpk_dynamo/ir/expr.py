@@ -29,7 +29,7 @@ REDUCE = frozenset(("sum", "max", "min"))
 class Expr:
     """Base of all expressions. `dtype` is the type of the value, `children` the direct operands."""
 
-    __slots__ = ("dtype", "children", "_free")
+    __slots__ = ("dtype", "children", "_free", "_buffers", "_loads", "_reductions")
     dtype: DType
     children: tuple["Expr", ...]
 
@@ -41,6 +41,18 @@ class Expr:
         except AttributeError:
             out: frozenset[Var] = frozenset().union(*(c.free for c in self.children)) if self.children else frozenset()
             self._free = out
+            return out
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names of the buffers the value is loaded from."""
+        try:
+            return self._buffers
+        except AttributeError:
+            out: frozenset[str] = frozenset().union(*(c.buffers for c in self.children)) if self.children else frozenset()
+            if isinstance(self, Load):
+                out |= {self.buffer}
+            self._buffers = out
             return out
 
     def __repr__(self) -> str:
@@ -348,15 +360,18 @@ def transform(x: Expr, visit: Callable[[Expr], Expr | None]) -> Expr:
 def substitute(x: Expr, values: Mapping[Var, Expr]) -> Expr:
     """Replace free variables. Bound reduction variables are renamed where they would capture."""
     memo: dict[Expr, Expr] = {}
-    taken = {v.name for value in values.values() for v in _all_vars(value)}
+    taken: set[str] | None = None
 
     def walk(e: Expr) -> Expr:
+        nonlocal taken
         if isinstance(e, Var):
             return values.get(e, e)
         if not e.children:
             return e
         done = memo.get(e)
         if done is None:
+            if isinstance(e, Reduce) and taken is None:
+                taken = {v.name for value in values.values() for v in _all_vars(value)}
             if isinstance(e, Reduce) and (e.var.name in taken or e.var in values):
                 n = 0
                 inside = {v.name for v in _all_vars(e)} | taken
@@ -399,12 +414,20 @@ def walk(x: Expr) -> Iterator[Expr]:
 
 def loads(x: Expr) -> list[Load]:
     """Distinct loads, in a stable order."""
-    return [e for e in walk(x) if isinstance(e, Load)]
+    try:
+        return list(x._loads)
+    except AttributeError:
+        x._loads = tuple(e for e in walk(x) if isinstance(e, Load))
+        return list(x._loads)
 
 
 def reductions(x: Expr) -> list[Reduce]:
     """Distinct reductions, inner ones first."""
-    return [e for e in walk(x) if isinstance(e, Reduce)]
+    try:
+        return list(x._reductions)
+    except AttributeError:
+        x._reductions = tuple(e for e in walk(x) if isinstance(e, Reduce))
+        return list(x._reductions)
 
 
 def render(x: Expr) -> str:

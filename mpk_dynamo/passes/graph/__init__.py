@@ -16,6 +16,7 @@ from .inline_prologues import inline_prologues
 from .inline_views import inline_views
 from .merge_duplicates import merge_duplicates
 from .merge_linears import merge_linears
+from .narrow_buffers import narrow_buffers
 from .normalise_loops import normalise_loops
 from .order import order
 
@@ -32,6 +33,7 @@ PASSES: tuple[GraphPass, ...] = (
     fuse_epilogues,
     fuse_row_maps,
     fuse_epilogues,  # what was several steps before is one node now
+    narrow_buffers,
     inline_prologues,
     flatten_buffers,
     normalise_loops,

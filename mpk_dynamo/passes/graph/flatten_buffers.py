@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...ir import expr as E
 from ...ir.expr import Expr, Op
-from ...ir.graph import Attention, Graph, Linear, Node, RowMap, expressions, writes
+from ...ir.graph import Attention, Graph, Linear, Node, RowMap, writes
 from ...ir.types import buffer
 from .flow import Flow
 from .rewrite import flat_index, map_expressions, replace_loads
@@ -42,15 +42,19 @@ def _flatten(i: int, name: str, flow: Flow) -> None:
         at, columns = flat_index(index, old.strides), E.index(shape[-1])
         return E.op("floordiv", at, columns), E.op("mod", at, columns)
 
-    def value(index: tuple[Expr, ...]) -> Expr:
-        return E.load(name, reindex(index), old.dtype)
+    grown = False
 
-    new = {r: map_expressions(flow[r], lambda x: replace_loads(x, {name: value}, flow.loaded)) for r in flow.readers(name)}
-    stored = _restored(flow[i], name, reindex)
-    if any(_divisions(n) > _divisions(flow[r]) for r, n in (*new.items(), (i, stored))):
+    def value(index: tuple[Expr, ...]) -> Expr:
+        nonlocal grown
+        new = reindex(index)
+        grown |= _divisions(new) > _divisions(index)
+        return E.load(name, new, old.dtype)
+
+    readers = {r: map_expressions(flow[r], lambda x: replace_loads(x, {name: value})) for r in flow.readers(name)}
+    if grown:
         return  # it would only move the arithmetic from the shape into the index
     flow.buffers[name] = buffer(name, old.dtype, shape, old.kind, origin=old.origin)
-    for r, n in (*new.items(), (i, stored)):
+    for r, n in (*readers.items(), (i, _restored(node, name, reindex))):
         flow.replace(r, n)
 
 
@@ -79,7 +83,5 @@ def _restored(node: Node, name: str, reindex: Reindex) -> Node:
     return replace(node, store=reindex(node.store)) if node.out == name else node
 
 
-def _divisions(node: Node) -> int:
-    return sum(
-        isinstance(e, Op) and e.name in ("floordiv", "mod") for x in expressions(node) for e in E.walk(x)
-    )
+def _divisions(index: tuple[Expr, ...]) -> int:
+    return sum(isinstance(e, Op) and e.name in ("floordiv", "mod") for x in index for e in E.walk(x))

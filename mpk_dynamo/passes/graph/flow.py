@@ -15,7 +15,6 @@ from ...errors import Unsupported
 from ...ir.expr import Load, walk
 from ...ir.graph import Attention, Graph, Linear, Node, RowMap, expressions, writes
 from ...ir.types import Buffer, BufferKind
-from .rewrite import LoadedBuffers
 
 
 class Flow:
@@ -24,7 +23,6 @@ class Flow:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self.buffers: dict[str, Buffer] = dict(graph.buffers)
-        self.loaded = LoadedBuffers()
         self._nodes: dict[int, Node] = dict(enumerate(graph.nodes))
         self._returned = {o.buffer for o in graph.outputs if o.buffer is not None}
         self._writer: dict[str, int] = {}
@@ -85,7 +83,7 @@ class Flow:
 
     def reads_of(self, node: Node) -> frozenset[str]:
         """Names of the buffers a node reads."""
-        names = frozenset().union(*(self.loaded(e) for e in expressions(node)))
+        names = frozenset().union(*(e.buffers for e in expressions(node)))
         if isinstance(node, Linear):
             names = names.union(*(p.weights for p in node.parts))
         elif isinstance(node, Attention):
@@ -133,7 +131,7 @@ class Flow:
         return not any(
             isinstance(e, Load) and self.buffers[e.buffer].storage in written and e.index != store
             for source, store in sources
-            if any(self.buffers[name].storage in written for name in self.loaded(source))
+            if any(self.buffers[name].storage in written for name in source.buffers)
             for e in walk(source)
         )
 

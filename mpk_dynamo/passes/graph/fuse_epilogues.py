@@ -45,9 +45,9 @@ def _fused_once(i: int, node: Linear, flow: Flow) -> Linear | None:
 def _joined(node: Linear, reader: RowMap, flow: Flow) -> Linear | None:
     """`node` with `reader` as the epilogue of the part or parts that it reads."""
     addresses = (*reader.store, *(i for ld in E.loads(reader.body) for i in ld.index))
-    if any(not flow.loaded(e).isdisjoint(p.out for p in node.parts) for e in addresses):
+    if any(not e.buffers.isdisjoint(p.out for p in node.parts) for e in addresses):
         return None
-    read = [p for p in node.parts if p.out in flow.loaded(reader.body)]
+    read = [p for p in node.parts if p.out in reader.body.buffers]
     rows, outs = read[0].rows, {p.out for p in read}
     t: Expr = E.index(0) if node.t.size == 1 else node.t
     n: Expr = E.index(0) if rows == 1 else read[0].n
@@ -69,7 +69,7 @@ def _joined(node: Linear, reader: RowMap, flow: Flow) -> Linear | None:
     fused = LinearPart(
         weights=weights,
         rows=rows,
-        epilogue=replace_loads(E.substitute(reader.body, dims), values, flow.loaded),
+        epilogue=replace_loads(E.substitute(reader.body, dims), values),
         out=reader.out,
         store=tuple(E.substitute(e, dims) for e in reader.store),
         origin=" & ".join(dict.fromkeys(p.origin for p in read if p.origin)),

@@ -21,7 +21,7 @@ def inlined(node: RowMap, reader: Node, flow: Flow) -> Node | None:
     def value(index: tuple[Expr, ...]) -> Expr:
         return E.substitute(node.body, at(index))
 
-    reader = map_expressions(reader, lambda x: replace_loads(x, {node.out: value}, flow.loaded))
+    reader = map_expressions(reader, lambda x: replace_loads(x, {node.out: value}))
     if isinstance(reader, Attention):
         for buffer_field, index_field in (("keys", "key_index"), ("values", "value_index")):
             if getattr(reader, buffer_field) == node.out:

@@ -7,7 +7,7 @@ from ...ir.expr import Expr, Var
 from ...ir.graph import Attention, Graph, Linear, Node, RowMap
 from .flow import Flow
 from .inline import inlined
-from .policy import NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, weight, work
+from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_pointwise, weight, work
 from .rewrite import plain_load
 
 
@@ -17,7 +17,7 @@ def inline_prologues(graph: Graph) -> Graph:
     reader has no place for."""
     flow = Flow(graph)
     inline_single_readers(flow, Node)
-    inline_cheap(flow)
+    inline_shared(flow)
     inline_single_readers(flow, Node)
     return flow.graph("inline_prologues")
 
@@ -25,6 +25,13 @@ def inline_prologues(graph: Graph) -> Graph:
 def inline_single_readers(flow: Flow, kind: object) -> None:
     """Inline RowMaps with one reader, of type `kind`. Readers first: a chain that forks and joins again inside one
     reader has one reader by the time its start is looked at."""
+    known: dict[int, int] = {}
+
+    def cost(i: int) -> int:
+        if i not in known:
+            known[i] = work_of(flow[i])
+        return known[i]
+
     for i in reversed(flow.numbers()):
         node = flow[i]
         if not isinstance(node, RowMap) or not flow.is_internal(node.out):
@@ -32,20 +39,28 @@ def inline_single_readers(flow: Flow, kind: object) -> None:
         readers = flow.readers(node.out)
         if len(readers) != 1 or not isinstance(flow[readers[0]], kind):  # type: ignore[arg-type]
             continue
-        old = flow[readers[0]]
         new = _fused(node, readers[0], flow)
-        if new is not None and work_of(new) <= work_of(old) + work(node.body, node.dims) + RECOMPUTE:
+        if new is None:
+            continue
+        after = work_of(new)
+        if after <= cost(readers[0]) + cost(i) + RECOMPUTE:
             flow.replace(readers[0], new)
             flow.remove(i)
+            known[readers[0]] = after
 
 
-def inline_cheap(flow: Flow) -> None:
-    """Inline RowMaps that cost next to nothing into all of their readers, or into none."""
+def inline_shared(flow: Flow) -> None:
+    """Inline RowMaps into all of their readers, or into none: those that cost next to nothing, and small ones that
+    few other RowMaps read."""
     for i, node in flow:
-        if not isinstance(node, RowMap) or not flow.is_internal(node.out) or not is_cheap(node.body):
+        if not isinstance(node, RowMap) or not flow.is_internal(node.out):
             continue
-        new = {r: _fused(node, r, flow) for r in flow.readers(node.out)}
-        if None not in new.values() and all(work_of(n) <= work_of(flow[r]) + RECOMPUTE for r, n in new.items() if n):
+        readers = flow.readers(node.out)
+        few = len(readers) <= FEW_READERS and all(isinstance(flow[r], RowMap) for r in readers)
+        if not is_cheap(node.body) and not (few and is_pointwise(node.body)):
+            continue
+        new = {r: _fused(node, r, flow) for r in readers}
+        if all(n is not None and work_of(n) <= work_of(flow[r]) + RECOMPUTE for r, n in new.items()):
             for r, n in new.items():
                 assert n is not None
                 flow.replace(r, n)

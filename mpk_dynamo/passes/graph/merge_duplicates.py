@@ -29,7 +29,7 @@ def merge_duplicates(graph: Graph) -> Graph:
             def value(index: tuple[Expr, ...], kept: str = kept, dtype: E.DType = node.body.dtype) -> Expr:
                 return E.load(kept, index, dtype)
 
-            flow.replace(r, map_expressions(reader, lambda x: replace_loads(x, {node.out: value}, flow.loaded)))  # noqa: B023
+            flow.replace(r, map_expressions(reader, lambda x: replace_loads(x, {node.out: value})))  # noqa: B023
         if not flow.readers(node.out):
             flow.remove(i)
     return flow.graph("merge_duplicates")

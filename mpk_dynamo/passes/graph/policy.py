@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from ...ir.expr import Const, Expr, Load, Op, Reduce, Var, walk
+from ...ir.expr import Const, Expr, Load, Op, Reduce, Var, loads, reductions, walk
 from ...ir.types import DType
 
 SLOW = frozenset("exp exp2 log log2 log1p expm1 sin cos tanh sigmoid erf pow".split())
@@ -30,6 +30,10 @@ positions. Rotary tables (sin, cos) and norms weigh more and are stored once."""
 CHEAP_LOADS = 1
 """Loads up to which a result counts as cheap. With one load, computing it again moves no more bytes than reading it.
 With two (a residual sum) each reader would fetch both, and over the layers the chain would grow."""
+
+FEW_READERS = 2
+"""Readers up to which a pointwise result is computed again in each, when they are RowMaps themselves and the extra work
+is below RECOMPUTE: the angles of which one RowMap takes the sine and another the cosine."""
 
 PROLOGUE_WEIGHT = 128
 """Weight per element of x up to which a Linear of one token carries a prologue. Each of its tasks computes all of x,
@@ -66,16 +70,17 @@ def _weight(e: Expr) -> int:
 
 def is_gather(x: Load) -> bool:
     """Whether the address of a load depends on loaded data."""
-    return any(isinstance(e, Load) for i in x.index for e in walk(i))
+    return any(i.buffers for i in x.index)
 
 
 def is_cheap(x: Expr) -> bool:
     """Whether computing x again is as good as reading it."""
-    parts = list(walk(x))
-    loads = [e for e in parts if isinstance(e, Load)]
-    if any(isinstance(e, Reduce) for e in parts) or len(loads) > CHEAP_LOADS:
-        return False
-    return not any(map(is_gather, loads)) and sum(map(_weight, parts)) <= CHEAP
+    return is_pointwise(x) and len(loads(x)) <= CHEAP_LOADS and weight(x) <= CHEAP
+
+
+def is_pointwise(x: Expr) -> bool:
+    """Whether x neither reduces nor gathers."""
+    return not reductions(x) and not any(map(is_gather, loads(x)))
 
 
 def work(x: Expr, dims: tuple[Var, ...]) -> int:

@@ -10,34 +10,13 @@ from ...ir.expr import Expr, Load, Op, Reduce, Var
 from ...ir.graph import Attention, Linear, Node, RowMap
 from ...ir.types import DType
 
-NOTHING: frozenset[str] = frozenset()
-
-
-class LoadedBuffers:
-    """Names of the buffers an expression loads, remembered per sub-expression so that asking again is free."""
-
-    def __init__(self) -> None:
-        self._known: dict[Expr, frozenset[str]] = {}
-
-    def __call__(self, x: Expr) -> frozenset[str]:
-        if not x.children and not isinstance(x, Load):
-            return NOTHING
-        known = self._known.get(x)
-        if known is None:
-            names = NOTHING.union(*map(self, x.children))
-            known = self._known[x] = names | {x.buffer} if isinstance(x, Load) else names
-        return known
-
-
-def replace_loads(
-    x: Expr, values: Mapping[str, Callable[[tuple[Expr, ...]], Expr]], loaded: LoadedBuffers
-) -> Expr:
+def replace_loads(x: Expr, values: Mapping[str, Callable[[tuple[Expr, ...]], Expr]]) -> Expr:
     """x with every load of a buffer in `values` replaced by values[buffer](index)."""
     memo: dict[Expr, Expr] = {}
     names = values.keys()
 
     def walk(e: Expr) -> Expr:
-        if loaded(e).isdisjoint(names):
+        if e.buffers.isdisjoint(names):
             return e
         done = memo.get(e)
         if done is None:
@@ -147,6 +126,8 @@ def name_reductions(x: Expr) -> Expr:
     """x with the variable of each reduction named by how deep reductions nest inside it: r0, r1, ...
 
     Equal computations become one object, and no variable is bound again inside its own scope."""
+    if not E.reductions(x):
+        return x
     memo: dict[Expr, tuple[Expr, int]] = {}
 
     def walk(e: Expr) -> tuple[Expr, int]:
@@ -191,7 +172,7 @@ def plain_load(x: Expr) -> bool:
 
 def data_independent(x: Expr) -> bool:
     """Whether x is computed from loop variables and constants alone."""
-    return not any(isinstance(e, (Load, E.Acc, Reduce)) for e in E.walk(x))
+    return not x.buffers and not any(isinstance(e, (E.Acc, Reduce)) for e in E.walk(x))
 
 
 def is_identity(store: tuple[Expr, ...], dims: tuple[Var, ...], shape: tuple[int, ...]) -> bool:
