@@ -1,0 +1,82 @@
+"""`python -m mpk_dynamo`: explain what happens to a model, measure it, list the options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 1 when an accuracy gate fails; 2 for a mistake in the command or its values."""
+    from ..errors import LaunchError, OptionError
+
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (OptionError, LaunchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mpk_dynamo", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    explain = commands.add_parser("explain", help="what is captured, the task program, the kernel's resources")
+    _model_arguments(explain)
+    explain.add_argument("--target", default="", help="GPU or architecture to build for, e.g. h200 or sm_90a")
+    explain.add_argument("--workers", type=int, default=0, help="default: one per SM of the target")
+    explain.add_argument("--dump", default="", metavar="FOLDER", help="write every stage as text")
+    explain.set_defaults(run=_explain)
+
+    bench = commands.add_parser("bench", help="time of a decode step against eager and Inductor, with accuracy gate")
+    _model_arguments(bench)
+    bench.add_argument("--against", nargs="*", default=["eager", "inductor-reduce-overhead"], metavar="WHAT")
+    bench.add_argument("--steps", type=int, default=24, help="back-to-back steps per repeat (at least 20)")
+    bench.add_argument("--repeats", type=int, default=7, help="repeats, of which the median counts (at least 5)")
+    bench.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: accuracy alone, no times")
+    bench.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
+    bench.set_defaults(run=_bench)
+
+    options = commands.add_parser("options", help="the options of the backend")
+    options.set_defaults(run=_options)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a built-in shape (random weights) or a local folder")
+    parser.add_argument("--layers", type=int, default=0, help="keep only so many layers of a built-in shape")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens in the cache before the first step")
+    parser.add_argument("--max-cache", type=int, default=0, help="tokens that fit the cache; default: prompt + 512")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from .decoder import Decoder
+    from .explain import explain
+    from .models import load
+
+    # sizes are all that lowering needs: nothing is allocated
+    model = load(arguments.model, device="meta", layers=arguments.layers)
+    cache = arguments.max_cache or arguments.prompt + 512
+    decoder = Decoder(model, batch=arguments.batch, prompt=arguments.prompt, max_cache=cache, steps=1)
+    found = explain(
+        model, **decoder.steps[0], target=arguments.target, workers=arguments.workers, dump_dir=arguments.dump
+    )
+    print(f"{arguments.model}: decode step, batch {arguments.batch}, cache of {cache} tokens")
+    print(found)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import run
+
+    return run(arguments)
+
+
+def _options(arguments: argparse.Namespace) -> int:
+    from ..settings import table
+
+    print(table(), end="")
+    return 0

@@ -1,0 +1,129 @@
+"""What the backend would do with a model call, and why: everything but the launch, on any machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..dump import Dump
+from ..errors import Unsupported
+from ..pipeline import build, capture_graph, emit, lower
+from ..report import Report
+from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..targets import Target
+
+
+@dataclass
+class GraphExplanation:
+    """One graph of the call. missing: operators that capture has no lowering for -> how often they occur."""
+
+    report: Report
+    missing: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The graphs that Dynamo made of one call, in order, and the target they were lowered for. `str()` is a report."""
+
+    graphs: tuple[GraphExplanation, ...]
+    target: "Target"
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "Dynamo made no graph of this call: it ran eagerly (see TORCH_LOGS=graph_breaks)"
+        lines = []
+        if len(self.graphs) > 1:
+            lines.append(f"{len(self.graphs)} graphs: the model breaks (TORCH_LOGS=graph_breaks says where)")
+        for number, graph in enumerate(self.graphs, 1):
+            lines += [f"graph {number} of {len(self.graphs)}", *_describe(graph, self.target)]
+        return "\n".join(lines)
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, target: str = "", workers: int = 0, dump_dir: str = "", **kwargs: Any
+) -> Explanation:
+    """Capture, lower, verify and build `model(*args, **kwargs)` for `target`; the call itself runs eagerly, once,
+    without gradients (a cache that is passed advances).
+
+    `target`: a GPU ("h200") or an architecture ("sm_90a"); default the present GPU, else the reference executor,
+    for which no kernel is built. Raises what compiling would, except Unsupported, which is part of the result.
+    """
+    from ..targets import detect, known, reference_target
+
+    if target:
+        chosen = known(target)
+    else:
+        chosen = detect() if torch.cuda.is_available() else reference_target(workers or 8)
+    settings = Settings.from_options({"dump_dir": dump_dir})
+    graphs: list[GraphExplanation] = []
+
+    def inspect(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        found = GraphExplanation(Report(fx_nodes=sum(n.op.startswith("call_") for n in gm.graph.nodes)))
+        graphs.append(found)
+        dump = Dump(settings.dump_dir, gm, found.report)
+        try:
+            captured = capture_graph(gm, example_inputs, found.report, dump)
+        except Unsupported as why:
+            found.report.reason, found.report.origin = why.message, why.origin
+            found.missing = _missing(gm, example_inputs)
+            return gm.forward
+        schedule = lower(captured.graph, workers or chosen.sm_count, chosen, found.report, dump)
+        if chosen.is_gpu:
+            build(emit(schedule, chosen, found.report, dump), chosen, settings, found.report)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=inspect, dynamic=False)(*args, **kwargs)
+    return Explanation(tuple(graphs), chosen)
+
+
+def _missing(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, int]:
+    """ATen operators of the graph without a lowering; empty when the graph cannot even be retraced."""
+    from ..capture.registry import LOWERINGS
+    from ..capture.retrace import retrace
+
+    try:
+        traced = retrace(gm, example_inputs)
+    except Unsupported:
+        return {}
+    calls = (n.target for n in traced.graph.nodes if n.op == "call_function")
+    names = (t._schema.name.split("::")[-1] for t in calls if isinstance(t, torch._ops.OpOverload))
+    return dict(Counter(name for name in names if name not in LOWERINGS))
+
+
+def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
+    r = graph.report
+    rows = [("Dynamo's graph", f"{r.fx_nodes} calls")]
+    if r.reason:
+        rows += [("not captured", r.reason), ("place", r.origin or "unknown")]
+        if graph.missing:
+            rows.append(("no lowering for", _counts(graph.missing)))
+    else:
+        rows += [
+            ("captured", f"all, as {r.captured_nodes} nodes"),
+            ("after fusion", f"{r.graph_nodes} nodes: {_counts(r.node_kinds)}"),
+            ("tasks", f"{r.tasks}: {_counts(r.task_kinds)}"),
+            ("events", f"{r.events} counters, {r.edges} edges"),
+            ("workers", f"{r.workers}"),
+            ("scratch arena", f"{r.arena_bytes / 1e3:.1f} kB"),
+            ("work per call", f"{r.bytes / 1e6:.1f} MB, {r.flops / 1e9:.2f} GFLOP"),
+        ]
+        if target.is_gpu:
+            floor = r.bytes / target.bandwidth * 1e3
+            rows.append(("roofline", f"{floor:.3f} ms at the datasheet's {target.bandwidth / 1e12:.2f} TB/s"))
+            rows.append(("kernel", f"{target.name}: {r.resources}"))
+        else:
+            rows.append(("kernel", "none: no GPU here; name a target to build one, e.g. sm_90a"))
+        rows.append(("compile time", ", ".join(f"{name} {s:.2f} s" for name, s in r.seconds.items())))
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
