@@ -166,7 +166,7 @@ class LinearOperator:
         bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
         return [
             _plain(bf16, 1, 64, 37), _plain(f16, 3, 72, 50), _plain(f32, 8, 40, 133), _plain(bf16, 16, 136, 24),
-            _plain(bf16, 1, 520, 700),  # more weights than `run` converts at a time
+            _plain(bf16, 1, 520, 510),  # more weights than `run` converts at a time
             _gated(bf16, 1, 72, 45), _gated(f16, 8, 64, 20), _gated(f32, 1, 24, 5),
             _residual(bf16, 1, 104, 33), _residual(f16, 16, 48, 17),
             _qkv(bf16, 1, 64, (6, 2, 2), 16), _qkv(bf16, 3, 64, (4, 1, 1), 24), _qkv(f32, 16, 32, (3, 3, 3), 8),

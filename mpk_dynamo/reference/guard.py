@@ -30,14 +30,17 @@ def check_task(node: Node, buffers: Mapping[str, Buffer], task: Task | TileSpec,
     """Run one task on `memory` under guard. Raises VerificationError: R1 for an undeclared read, R2 for an
     undeclared write, T1 for an access outside its buffer."""
     label = f"{node.name}.{task.op}{list(task.tile)}"
-    names = {*reads(node), *writes(node), *(a.buffer for a in (*task.reads, *task.writes))}
+    names = {*reads(node), *writes(node), *(n for n in buffers if n.startswith(f"{node.name}."))}  # partial results
+    names |= {a.buffer for a in (*task.reads, *task.writes)}
     for a in (*task.reads, *task.writes):
         if any(not 0 <= s <= e <= size for (s, e), size in zip(a.box, buffers[a.buffer].shape, strict=True)):
             raise VerificationError("T1", f"{label}: {a} leaves the buffer", origin=node.origin)
     before = {s: _flat(memory[n], b) for s, (n, b) in _storages(names, buffers).items()}
     readable = _allowed(node, buffers, task.reads, memory, before)
     writable = _allowed(node, buffers, task.writes, memory, before)
-    poisoned = {s: _poison(flat, readable[s]) for s, flat in before.items()}
+    # a bool has no third value: what the task may write starts equal in both runs, so that any difference shows
+    keep = {s: r | writable[s] if before[s].dtype is torch.bool else r for s, r in readable.items()}
+    poisoned = {s: _poison(flat, keep[s]) for s, flat in before.items()}
     start = {s: flat.clone() for s, flat in poisoned.items()}
     copy = {n: poisoned[buffers[n].storage].as_strided(buffers[n].shape, buffers[n].strides) for n in names}
     operator = operator_of(node)
@@ -54,7 +57,8 @@ def check_task(node: Node, buffers: Mapping[str, Buffer], task: Task | TileSpec,
                 message = f"{label} writes {_where(buffer, strayed)} undeclared"
                 raise VerificationError("R2", message, origin=node.origin)
         written = _differs(start[storage], poisoned[storage]) | _differs(before[storage], after)
-        wrong = written & _differs(poisoned[storage], after)
+        comparable = written | ~_differs(start[storage], before[storage])
+        wrong = comparable & _differs(poisoned[storage], after)
         if wrong.any():
             message = f"{label}: {_where(buffer, wrong)} depends on something it does not declare as read"
             raise VerificationError("R1", message, origin=node.origin)
