@@ -46,7 +46,7 @@ def compile_graph(
         dump.report(report)
         return compiled
     program = emit(schedule, target, report, dump)
-    compiled = _load(captured, len(example_inputs), program, target, device, settings, report)
+    compiled = _load(captured, program, target, device, settings, report)
     report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
     dump.report(report)
     return compiled
@@ -135,15 +135,12 @@ def _interpret(captured: "Captured", schedule: "Schedule", report: Report) -> Ca
 
 def _load(
     captured: "Captured",
-    arguments: int,
     program: "Program",
     target: "Target",
     device: torch.device,
     settings: Settings,
     report: Report,
 ) -> Callable[..., Any]:
-    """The launch with the graph's own signature of `arguments` arguments. Tensors that the graph holds itself come
-    after them."""
     from .runtime import DeviceCallable, Executable
 
     artifact = build(program, target, settings, report)
@@ -157,12 +154,7 @@ def _load(
             flight=settings.flight,
             flight_waiting=settings.flight_waiting,
         )
-    graph, constants = program.schedule.tasks.graph, tuple(captured.constants.values())
-    if not constants:
-        return DeviceCallable(executable, graph, captured.arguments)
-    places = {storage: arguments + k for k, storage in enumerate(captured.constants)}
-    with_constants = DeviceCallable(executable, graph, {**captured.arguments, **places})
-    return lambda *args: with_constants(*args, *constants)
+    return DeviceCallable(executable, program.schedule.tasks.graph, captured.arguments, captured.constants)
 
 
 def _describe(report: Report, graph: "Graph", schedule: "Schedule") -> None:
