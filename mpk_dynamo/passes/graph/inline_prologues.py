@@ -7,7 +7,7 @@ from ...ir.expr import Expr, Var
 from ...ir.graph import Attention, Graph, Linear, Node, RowMap
 from .flow import Flow
 from .inline import inlined
-from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_pointwise, weight, work
+from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_pointwise, is_slow, weight, work
 from .rewrite import plain_load
 
 
@@ -43,7 +43,8 @@ def inline_single_readers(flow: Flow, kind: object) -> None:
         if new is None:
             continue
         after = work_of(new)
-        if after <= cost(readers[0]) + cost(i) + RECOMPUTE:
+        again = 0 if is_slow(node.body) else RECOMPUTE
+        if after <= cost(readers[0]) + cost(i) + again:
             flow.replace(readers[0], new)
             flow.remove(i)
             known[readers[0]] = after

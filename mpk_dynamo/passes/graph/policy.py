@@ -41,7 +41,8 @@ K elements; an RMSNorm weighs about 20, so that K = 4096 costs a worker of 256 l
 
 RECOMPUTE = 1 << 16
 """Operations that a fused node may do in excess of its two halves, over all of its elements: 256 per lane of one
-worker, about a tenth of the wait that it saves."""
+worker, about a tenth of the wait that it saves. Slow functions are not done again at all: a sine that every head
+would compute costs registers as well."""
 
 NESTED_LIMIT = 512
 """Distinct sub-expressions of one node, at most, so that generated code and its registers stay bounded when
@@ -51,6 +52,11 @@ a result is read at several offsets (a shift, a rotation)."""
 def weight(x: Expr) -> int:
     """Operations for one element of x, each common sub-expression once; the body of a reduction counts once."""
     return sum(map(_weight, walk(x)))
+
+
+def is_slow(x: Expr) -> bool:
+    """Whether x computes an exponential, sine or the like."""
+    return any(_weight(e) >= SLOW_WEIGHT for e in walk(x) if isinstance(e, Op))
 
 
 def _weight(e: Expr) -> int:
