@@ -1,7 +1,7 @@
 """Structs shared by host and device, declared once: `header()` is the C++ text, `dtype(...)` the numpy packer.
 
-Every field is a little-endian 32- or 64-bit integer at its natural alignment. The generated header carries
-static_asserts on sizes and offsets, so that a drifted declaration does not compile.
+Every field is a little-endian 32- or 64-bit integer at its natural alignment, and no struct has padding, so that the
+sizes the generated header asserts fix every offset: a drifted declaration does not compile.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ class Struct:
     @property
     def dtype(self) -> np.dtype:
         code = {"u32": "<u4", "i32": "<i4", "u64": "<u8"}
-        return np.dtype(
-            [(f, code[t]) if n == 1 else (f, code[t], (n,)) for f, t, n in self.fields], align=True
-        )
+        fields = [(f, code[t]) if n == 1 else (f, code[t], (n,)) for f, t, n in self.fields]
+        aligned = np.dtype(fields, align=True)
+        if aligned.itemsize != np.dtype(fields).itemsize:
+            raise TypeError(f"{self.name} has padding")
+        return aligned
 
 
 TASK = Struct(
@@ -153,7 +155,4 @@ def header() -> str:
         body = " ".join(f"{t} {f}{f'[{n}]' if n > 1 else ''};" for f, t, n in s.fields)
         lines.append(f"struct {s.name} {{ {body} }};")
         lines.append(f'static_assert(sizeof({s.name}) == {s.dtype.itemsize}, "{s.name}: size");')
-        for f, _, _ in s.fields:
-            offset = s.dtype.fields[f][1]  # type: ignore[index]
-            lines.append(f'static_assert(__builtin_offsetof({s.name}, {f}) == {offset}, "{s.name}.{f}");')
     return "\n".join([*lines, "}  // namespace mpk", ""])

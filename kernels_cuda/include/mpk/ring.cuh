@@ -88,7 +88,9 @@ struct RingWriter {
   u32 flight, flight_waiting;
   Cursor<SLOTS> at, landed;
   u32 in_flight = 0;
-  MPK_DEVICE RingWriter(R& r, Health& h, u32 f, u32 fw) : ring(r), health(h), flight(f), flight_waiting(fw) {}
+  // More slots in flight than the ring has would let `landed` fall a revolution behind: one bit of phase.
+  MPK_DEVICE RingWriter(R& r, Health& h, u32 f, u32 fw)
+      : ring(r), health(h), flight(max(1u, min(f, SLOTS))), flight_waiting(max(1u, min(fw, SLOTS))) {}
 
   MPK_DEVICE bool acquire() {
     if (!wait_barrier(ring, &ring.empty[at.index], at.phase ^ 1, health, kRingRelease, at.index)) return false;
