@@ -13,7 +13,8 @@ from mpk_dynamo.targets import FEATURES, KNOWN, arch_of, features_of, from_prope
 
 H200 = {
     "name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_count": 132,
-    "shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472, "regs_per_multiprocessor": 65536, "L2_cache_size": 60 << 20,
+    "shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472,
+    "regs_per_multiprocessor": 65536, "L2_cache_size": 60 << 20,
 }  # fmt: skip
 
 
