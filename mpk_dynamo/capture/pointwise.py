@@ -162,7 +162,7 @@ def _sign(call: Call, x: Expr) -> Expr:
     if x.dtype is DType.BOOL:
         return x
     zero = scalar(0, x)
-    negative = E.where(op("lt", x, zero), scalar(-1, x), E.where(op("eq", x, zero), zero, x if x.dtype.is_float else zero))
+    negative = E.where(op("lt", x, zero), scalar(-1, x), zero)
     return E.where(op("gt", x, zero), scalar(1, x), negative)
 
 
@@ -301,6 +301,11 @@ def _remainder(call: Call, x: Expr, y: Expr) -> Expr:
     return op("mod", x, y)
 
 
+def _rounded(call: Call, x: Expr) -> Expr:
+    """x rounded to the result's type, where eager rounds between the steps of one operator."""
+    return convert(convert(x, call.dtype), x.dtype)
+
+
 @rule("pow", "self exponent", LONG)
 def _pow(call: Call, x: Expr, y: Expr) -> Expr:
     exponent = call["exponent"]
@@ -313,7 +318,7 @@ def _pow(call: Call, x: Expr, y: Expr) -> Expr:
             raise call.refuse(f"integer power {exponent}")
         out = scalar(1, x) if exponent == 0 else x
         for _ in range(int(exponent) - 1):
-            out = op("mul", out, x)
+            out = op("mul", _rounded(call, out), x)
         return out
     if exponent == 0.5:
         return op("sqrt", x)
@@ -322,7 +327,7 @@ def _pow(call: Call, x: Expr, y: Expr) -> Expr:
     if exponent == -1:
         return op("reciprocal", x)
     if exponent == -2:
-        return op("reciprocal", op("mul", x, x))
+        return op("reciprocal", _rounded(call, op("mul", x, x)))
     return op("pow", x, y)
 
 

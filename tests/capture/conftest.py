@@ -91,9 +91,9 @@ def same(function: Callable[..., Any], *args: Any, ulps: int = 0) -> Captured:
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, ulps: int) -> None:
-    """Equal, or within `ulps` units in the last place of the dtype."""
+    """Equal, or within `ulps` units in the last place of the dtype, of numbers not below 1/4."""
     if not b.dtype.is_floating_point or ulps == 0:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         return
     info = torch.finfo(b.dtype)
-    torch.testing.assert_close(a, b, rtol=ulps * info.eps, atol=ulps * info.tiny * 2, equal_nan=True)
+    torch.testing.assert_close(a, b, rtol=ulps * info.eps, atol=ulps * info.eps / 4, equal_nan=True)
