@@ -76,3 +76,10 @@ def test_neighbouring_events_of_one_consumer_are_merged_until_the_limit_holds():
 def test_the_limit_must_leave_one_signal():
     with pytest.raises(ValueError, match="at least one signal"):
         coalesce_events(program(task()), 0)
+
+
+def test_events_of_interleaved_tasks_are_not_merged():
+    """The union would make task 1 wait for task 2, which comes after it."""
+    tasks = [task(writes=["a[0:1]", "b[0:1]"], node=0), task(["a[0:1]"], node=0, nbytes=BIG)]
+    tasks += [task(writes=["c[0:1]"], node=0), task(["b[0:1]", "c[0:1]"], node=0, nbytes=BIG)]
+    assert pairs(coalesce_events(order_conflicts(program(*tasks)), 1)) == [((0,), (1,)), ((0, 2), (3,))]
