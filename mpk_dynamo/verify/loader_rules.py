@@ -14,7 +14,7 @@ from ..ir.tasks import Task
 from ..ir.types import Buffer
 from .accesses import names
 from .program_rules import bound_buffers, span
-from .tables import slices, split
+from .tables import BINDING_SHIFT, slices, split
 
 SEGMENTS, SEGMENT_COUNT = 6, 7
 """Places in Task.arg of a linear task: its first segment, and how many."""
@@ -100,7 +100,7 @@ def _follow(
 def _reference(p: Program, w: Buffer, row: int) -> int:
     if w.storage not in p.bindings:
         raise VerificationError("P3", f"weight {w.name} is not bound")
-    return p.bindings.index(w.storage) << 40 | row * w.strides[0] * w.dtype.itemsize
+    return p.bindings.index(w.storage) << BINDING_SHIFT | row * w.strides[0] * w.dtype.itemsize
 
 
 def _show(p: Program, refs: list[int]) -> str:
@@ -109,8 +109,8 @@ def _show(p: Program, refs: list[int]) -> str:
             return "none"
         if ref & abi.ARENA_REF:
             return f"arena+{ref & (abi.ARENA_REF - 1)}"
-        i = ref >> 40
-        return f"{p.bindings[i] if i < len(p.bindings) else f'binding {i}'}+{ref & ((1 << 40) - 1)}"
+        i = ref >> BINDING_SHIFT
+        return f"{p.bindings[i] if i < len(p.bindings) else f'binding {i}'}+{ref & ((1 << BINDING_SHIFT) - 1)}"
 
     return " and ".join(map(one, refs))
 

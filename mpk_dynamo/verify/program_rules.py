@@ -8,11 +8,12 @@ import numpy as np
 
 from .. import abi
 from ..errors import VerificationError
+from ..ir.graph import Linear
 from ..ir.program import Program
 from ..ir.schedule import Schedule
 from ..ir.types import Buffer, BufferKind
 from .accesses import names
-from .tables import slices, split
+from .tables import BINDING_SHIFT, slices
 
 MAX_THREADS = 1024
 """Threads of a block, on every target."""
@@ -100,40 +101,57 @@ def check_waits(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray)
 
 
 def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
-    """P3: every reference lies inside memory that the task's node uses: a buffer in the arena, or a binding."""
+    """P3: operands are starts of buffers that tasks of the node use, and none that the task uses is missing. Which
+    comes first is between codegen and the body; weights may come through the loader alone."""
     s = p.schedule
     buffers = s.tasks.buffers
-    bound = bound_buffers(p, buffers)
     rows = tables["tasks"][place]
     start, count = slices(rows, "operands", "operand_count", tables["operands"], "operands of task")
     if (count > abi.MAX_OPERANDS).any():
         t = int(np.argmax(count))
-        raise VerificationError("P1", f"{names(s.tasks, [t])} has {count[t]} operands of at most {abi.MAX_OPERANDS}")
-    used: list[set[str]] = [set() for _ in s.tasks.graph.nodes]
+        text = f"{names(s.tasks, [t])} has {count[t]} operands of at most {abi.MAX_OPERANDS}"
+        raise VerificationError("P1", text)
+    owner = _owners(p)
+    by_node: list[set[str]] = [set() for _ in s.tasks.graph.nodes]
+    needed: dict[tuple[int, str], set[str]] = {}
+    first: dict[tuple[int, str, int, int], int] = {}
     for t in s.tasks.tasks:
-        used[t.node].update(buffers[a.buffer].storage for a in (*t.reads, *t.writes))
-    refs = tables["operands"]["ref"]
-    arena, binding, offset = split(refs)
-    homes = sorted((o, o + buffers[n].nbytes, n) for n, o in s.arena.items())
-    checked: set[tuple[int, int]] = set()
-    for t in s.tasks.tasks:
-        for k in range(start[t.id], start[t.id] + count[t.id]):
-            if refs[k] == abi.NO_REF or (t.node, k) in checked:
-                continue
-            checked.add((t.node, k))
-            at = int(offset[k])
-            if arena[k]:
-                owners = {n for a, b, n in homes if a <= at < b}
-                fine, where = bool(owners & used[t.node]), f"arena offset {at}, in {sorted(owners) or 'no buffer'}"
-            else:
-                b = bound[binding[k]] if binding[k] < len(bound) else None
-                fine = b is not None and at < span(b) and b.storage in used[t.node]
-                where = f"offset {at} of binding {binding[k]}" + (
-                    f", {b.name} of {span(b)} bytes" if b else ", unknown"
-                )
-            if not fine:
-                text = f"operand {k - start[t.id]} of {names(s.tasks, [t.id])} refers to {where}; the node uses "
-                raise VerificationError("P3", text + f"{sorted(used[t.node])}")
+        used = {buffers[a.buffer].storage for a in (*t.reads, *t.writes)}
+        by_node[t.node] |= used
+        needed.setdefault((t.node, t.op), set()).update(used)
+        first.setdefault((t.node, t.op, int(start[t.id]), int(count[t.id])), t.id)
+    for (node, op, at, n), t in first.items():
+        refs = [int(x) for x in tables["operands"]["ref"][at : at + n]]
+        for k, ref in enumerate(refs):
+            if ref != abi.NO_REF and not owner.get(ref, set()) & by_node[node]:
+                text = f"operand {k} of {names(s.tasks, [t])} refers to {_where(p, ref, owner)}; the node uses "
+                raise VerificationError("P3", text + f"{sorted(by_node[node])}")
+        given = set().union(*(owner[ref] for ref in refs if ref != abi.NO_REF))
+        graph_node = s.tasks.graph.nodes[node]
+        streamed = {w for part in graph_node.parts for w in part.weights} if isinstance(graph_node, Linear) else set()
+        missing = needed[node, op] - given - {buffers[w].storage for w in streamed}
+        if missing:
+            text = f"no operand of {names(s.tasks, [t])} refers to {sorted(missing)}, which it uses"
+            raise VerificationError("P3", text)
+
+
+def _owners(p: Program) -> dict[int, set[str]]:
+    """Storages by the reference of their first byte. Several scratch buffers may start at one place."""
+    owner: dict[int, set[str]] = {}
+    for name, offset in p.schedule.arena.items():
+        owner.setdefault(abi.ARENA_REF | offset, set()).add(name)
+    for i, b in enumerate(bound_buffers(p, p.schedule.tasks.buffers)):
+        owner[i << BINDING_SHIFT] = {b.storage}
+    return owner
+
+
+def _where(p: Program, ref: int, owner: Mapping[int, set[str]]) -> str:
+    if ref in owner:
+        return " or ".join(sorted(owner[ref]))
+    if ref & abi.ARENA_REF:
+        return f"byte {ref & (abi.ARENA_REF - 1)} of an arena of {p.schedule.arena_bytes}, where no buffer starts"
+    binding, offset = ref >> BINDING_SHIFT, ref & ((1 << BINDING_SHIFT) - 1)
+    return f"byte {offset} of binding {binding} of {len(p.bindings)}, where no buffer starts"
 
 
 def bound_buffers(p: Program, buffers: Mapping[str, Buffer]) -> list[Buffer]:

@@ -8,8 +8,8 @@ from .. import abi
 from ..errors import VerificationError
 from ..ir.program import Program
 
-_FIELD_BITS = 40
-"""Low bits of a binding's reference: a byte offset."""
+BINDING_SHIFT = 40
+"""A reference that is not into the arena: the binding above this bit, a byte offset below."""
 
 
 def decode(p: Program) -> dict[str, np.ndarray]:
@@ -41,8 +41,8 @@ def slices(table: np.ndarray, first: str, count: str, of: np.ndarray, what: str)
 def split(refs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(in arena, binding, byte offset) of each reference; binding is -1 in the arena."""
     arena = (refs & np.uint64(abi.ARENA_REF)) != 0
-    binding = ((refs & np.uint64(abi.ARENA_REF - 1)) >> np.uint64(_FIELD_BITS)).astype(np.int64)
-    offset = np.where(arena, refs & np.uint64(abi.ARENA_REF - 1), refs & np.uint64((1 << _FIELD_BITS) - 1)).astype(
+    binding = ((refs & np.uint64(abi.ARENA_REF - 1)) >> np.uint64(BINDING_SHIFT)).astype(np.int64)
+    offset = np.where(arena, refs & np.uint64(abi.ARENA_REF - 1), refs & np.uint64((1 << BINDING_SHIFT) - 1)).astype(
         np.int64
     )
     return arena, np.where(arena, -1, binding), offset
