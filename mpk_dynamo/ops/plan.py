@@ -186,6 +186,8 @@ class Compiler:
         dim = outer[0] if shared else min([-self.rank, *(d for d, _, _ in env.values())]) - 1
         body = self.value(e.body, guarded, env if shared else {**env, e.var: (dim, 0, size)})
         if len(body.shape) < -dim or body.shape[dim] == 1:  # the body does not vary: torch would reduce one element
+            if not shared and len(body.shape) >= -dim:  # a reduction inside it has left the dimension behind
+                body = self._apply(lambda x: x.squeeze(dim), [body], (dim, False))
             if e.name != "sum":
                 return body
             count = self._constant(torch.tensor(size, dtype=TORCH_DTYPE[e.dtype]))

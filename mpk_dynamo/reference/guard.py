@@ -1,12 +1,14 @@
 """Checks that a task touches only what it declares.
 
-Each task runs twice: on a copy of memory in which everything it does not declare as read is poisoned, and on the
-real memory. It must change nothing outside its declared writes, and both runs must write the same bits. A read that
-cannot change the result (the branch of a `where` that is not taken) is allowed. Slow; for tests.
+Each task runs three times: on two copies of memory in which everything it does not declare as read is spoiled in
+different ways (NaN and absurd integers; plausible values), and on the real memory. It must change nothing outside
+its declared writes, and all runs must write the same bits. A read that cannot change the result (the branch of a
+`where` that is not taken) is allowed. Slow; for tests.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -38,27 +40,32 @@ def check_task(node: Node, buffers: Mapping[str, Buffer], task: Task | TileSpec,
     before = {s: _flat(memory[n], b) for s, (n, b) in _storages(names, buffers).items()}
     readable = _allowed(node, buffers, task.reads, memory, before)
     writable = _allowed(node, buffers, task.writes, memory, before)
-    # a bool has no third value: what the task may write starts equal in both runs, so that any difference shows
-    keep = {s: r | writable[s] if before[s].dtype is torch.bool else r for s, r in readable.items()}
-    poisoned = {s: _poison(flat, keep[s]) for s, flat in before.items()}
-    start = {s: flat.clone() for s, flat in poisoned.items()}
-    copy = {n: poisoned[buffers[n].storage].as_strided(buffers[n].shape, buffers[n].strides) for n in names}
+    starts = [
+        {x: spoil(flat, readable[x], zlib.crc32(x.encode())) for x, flat in before.items()}
+        for spoil in (_poison, _disguise)
+    ]
+    ends = []
     operator = operator_of(node)
-    try:
-        operator.run(node, buffers, task.op, task.tile, copy)
-    except (IndexError, RuntimeError) as error:
-        raise VerificationError("R1", f"{label} fails without undeclared reads: {error}", origin=node.origin) from error
+    for start in starts:
+        ends.append({x: flat.clone() for x, flat in start.items()})
+        copy = {n: ends[-1][buffers[n].storage].as_strided(buffers[n].shape, buffers[n].strides) for n in names}
+        try:
+            operator.run(node, buffers, task.op, task.tile, copy)
+        except (IndexError, RuntimeError) as error:
+            message = f"{label} fails without undeclared reads: {error}"
+            raise VerificationError("R1", message, origin=node.origin) from error
     operator.run(node, buffers, task.op, task.tile, memory)
-    for storage, (name, buffer) in _storages(names, buffers).items():
-        after = _flat(memory[name], buffer)
-        for old, new in ((start[storage], poisoned[storage]), (before[storage], after)):
-            strayed = _differs(old, new) & ~writable[storage]
-            if strayed.any():
-                message = f"{label} writes {_where(buffer, strayed)} undeclared"
-                raise VerificationError("R2", message, origin=node.origin)
-        written = _differs(start[storage], poisoned[storage]) | _differs(before[storage], after)
-        comparable = written | ~_differs(start[storage], before[storage])
-        wrong = comparable & _differs(poisoned[storage], after)
+    for x, (name, buffer) in _storages(names, buffers).items():
+        runs = [*((start[x], end[x]) for start, end in zip(starts, ends, strict=True))]
+        runs.append((before[x], _flat(memory[name], buffer)))
+        changed = [_differs(old, new) for old, new in runs]
+        strayed = (changed[0] | changed[1] | changed[2]) & ~writable[x]
+        if strayed.any():
+            message = f"{label} writes {_where(buffer, strayed)} undeclared"
+            raise VerificationError("R2", message, origin=node.origin)
+        # what no copy shows as changed was not written: the copies start from different values
+        (_, first), (_, second), (_, real) = runs
+        wrong = (changed[0] | changed[1]) & (_differs(first, second) | _differs(first, real))
         if wrong.any():
             message = f"{label}: {_where(buffer, wrong)} depends on something it does not declare as read"
             raise VerificationError("R1", message, origin=node.origin)
@@ -104,11 +111,24 @@ def _allowed(
     return out
 
 
-def _poison(flat: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def _poison(flat: torch.Tensor, keep: torch.Tensor, seed: int) -> torch.Tensor:
+    """Spoil so that using it fails or shows."""
     if flat.dtype is torch.bool:
-        return torch.where(keep, flat, ~flat)
+        return torch.where(keep, flat, _random(flat, seed) < 0.5)
     value = float("nan") if flat.is_floating_point() else INT_POISON[flat.dtype]
     return torch.where(keep, flat, torch.full_like(flat, value))
+
+
+def _disguise(flat: torch.Tensor, keep: torch.Tensor, seed: int) -> torch.Tensor:
+    """Spoil with values that look right, and differ from poison everywhere."""
+    random = _random(flat, seed)
+    if flat.dtype is torch.bool:
+        return torch.where(keep, flat, random >= 0.5)
+    return torch.where(keep, flat, (random if flat.is_floating_point() else random * 2).to(flat.dtype))
+
+
+def _random(flat: torch.Tensor, seed: int) -> torch.Tensor:
+    return torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _differs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,10 @@ from mpk_dynamo.ir.graph import Attention, writes
 from mpk_dynamo.ir.region import Side
 from mpk_dynamo.ops import OPERATORS, operator_of
 from mpk_dynamo.ops.sampling import sample_tensors
+from mpk_dynamo.passes.tasks import derive_events, tile
 from mpk_dynamo.reference.guard import check_task
 from mpk_dynamo.reference.memory import allocate
+from mpk_dynamo.verify import verify_graph, verify_tasks
 
 SAMPLES = [
     pytest.param(node, graph, id=f"{operator.name}-{i}-{node.name}")
@@ -84,6 +86,13 @@ def test_outputs_are_written_exactly_once(node, graph, workers):
         if Side.AT in sides or buffer.name == "cache@1":  # a row at a position that only the device knows
             continue
         assert (count == 1).all(), f"{buffer.name}: {count.min()} to {count.max()} writes per element"
+
+
+@pytest.mark.parametrize("workers", [1, 132])
+@pytest.mark.parametrize("node, graph", SAMPLES)
+def test_the_verifier_accepts(node, graph, workers):
+    verify_graph(graph)
+    verify_tasks(derive_events(tile(graph, workers)))
 
 
 @pytest.mark.parametrize("workers", WORKERS)
