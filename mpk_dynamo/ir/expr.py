@@ -198,6 +198,14 @@ def op(name: str, *args: Expr) -> Expr:
         known = _compare_known(name, *args)
         if known is not None:
             return const(known, DType.BOOL)
+    elif dtype is DType.BOOL and name in ("and", "or", "not"):
+        known = [a.value for a in args if isinstance(a, Const)]
+        if name == "not":
+            return const(not known[0], DType.BOOL) if known else _make(Op, dtype, args, name=name)
+        if (name == "or") in known:  # decides the result
+            return const(name == "or", DType.BOOL)
+        if known:
+            return next((a for a in args if not isinstance(a, Const)), args[0])
     return _make(Op, dtype, args, name=name)
 
 

@@ -170,8 +170,21 @@ class Builder:
         cache = (b, g, s, d)
         self.nodes.append(
             Attention(
-                name=out.name, b=b, h=h, g=g, s=s, d=d, q=self.at(q, at), keys=keys.name, key_index=cache,
-                values=values.name, value_index=cache, scale=scale, out=out.name, store=at, mask=masked,
+                name=out.name,
+                b=b,
+                h=h,
+                g=g,
+                s=s,
+                d=d,
+                q=self.at(q, at),
+                keys=keys.name,
+                key_index=cache,
+                values=values.name,
+                value_index=cache,
+                scale=scale,
+                out=out.name,
+                store=at,
+                mask=masked,
             )  # fmt: skip
         )
         return out

@@ -120,7 +120,8 @@ def run_linear(node: Linear, memory: Memory) -> None:
 def run_attention(node: Attention, memory: Memory) -> None:
     cache = Evaluation((node.b, node.g, node.s, node.d), memory)
     keys, values = (
-        cache(Load_(name, index, memory)) for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
+        cache(Load_(name, index, memory))
+        for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
     )
     keys, values = keys.double().clone(), values.double().clone()
     per_b = Evaluation((node.b,), memory)
@@ -165,7 +166,10 @@ def random_memory(graph: Graph, seed: int = 0, position: int = 5) -> Memory:
     are `position`."""
     made: Memory = {}
     rng = torch.Generator().manual_seed(seed)
-    for b in sorted((b for b in graph.buffers.values() if b.kind not in (BufferKind.SCRATCH, BufferKind.OUTPUT)), key=lambda b: b.name):
+    for b in sorted(
+        (b for b in graph.buffers.values() if b.kind not in (BufferKind.SCRATCH, BufferKind.OUTPUT)),
+        key=lambda b: b.name,
+    ):
         if b.storage in made:
             continue
         if b.dtype is DType.BOOL:
@@ -177,7 +181,9 @@ def random_memory(graph: Graph, seed: int = 0, position: int = 5) -> Memory:
             if not b.shape:
                 tensor = torch.tensor(position, dtype=TORCH[b.dtype])
         else:
-            tensor = (torch.randn(b.shape, generator=rng) / max(1, b.shape[-1] if b.shape else 1) ** 0.25).to(TORCH[b.dtype])
+            tensor = (torch.randn(b.shape, generator=rng) / max(1, b.shape[-1] if b.shape else 1) ** 0.25).to(
+                TORCH[b.dtype]
+            )
         made[b.storage] = tensor
     return made
 

@@ -45,9 +45,7 @@ def _appender(name: str, reader: int, flow: Flow) -> int | None:
     return writer if isinstance(flow[writer], RowMap) else None
 
 
-def _appended_row(
-    node: Attention, writer: object, index: tuple[Expr, ...], flow: Flow
-) -> tuple[Expr, Expr] | None:
+def _appended_row(node: Attention, writer: object, index: tuple[Expr, ...], flow: Flow) -> tuple[Expr, Expr] | None:
     """(position(b), element(b, g, d)) when `writer` writes the row at s == position, in full, and nothing else."""
     assert isinstance(writer, RowMap)
     shape = flow.buffers[writer.out].shape

@@ -34,9 +34,7 @@ def inlined(node: RowMap, reader: Node, flow: Flow) -> Node | None:
         source = _whole_copy(node, flow)
         if source is None:
             return None
-        parts = (
-            replace(p, weights=tuple(source if w == node.out else w for w in p.weights)) for p in reader.parts
-        )
+        parts = (replace(p, weights=tuple(source if w == node.out else w for w in p.weights)) for p in reader.parts)
         reader = replace(reader, parts=tuple(parts))
     return reader
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from ...ir import expr as E
 from ...ir.expr import Expr, Var
 from ...ir.graph import Attention, Graph, Linear, Node, RowMap
 from .flow import Flow
 from .inline import inlined
-from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_pointwise, is_slow, weight, work
+from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_gathering, is_slow, weight, work
 from .rewrite import plain_load
 
 
@@ -43,7 +45,7 @@ def inline_single_readers(flow: Flow, kind: object) -> None:
         if new is None:
             continue
         after = work_of(new)
-        again = 0 if is_slow(node.body) else RECOMPUTE
+        again = 0 if is_slow(node.body) else RECOMPUTE * units(new)
         if after <= cost(readers[0]) + cost(i) + again:
             flow.replace(readers[0], new)
             flow.remove(i)
@@ -51,21 +53,30 @@ def inline_single_readers(flow: Flow, kind: object) -> None:
 
 
 def inline_shared(flow: Flow) -> None:
-    """Inline RowMaps into all of their readers, or into none: those that cost next to nothing, and small ones that
-    few other RowMaps read."""
+    """Inline RowMaps into all of their readers, or into none: those that cost next to nothing, and for few readers
+    small pointwise ones and statistics of rows."""
     for i, node in flow:
         if not isinstance(node, RowMap) or not flow.is_internal(node.out):
             continue
         readers = flow.readers(node.out)
-        few = len(readers) <= FEW_READERS and all(isinstance(flow[r], RowMap) for r in readers)
-        if not is_cheap(node.body) and not (few and is_pointwise(node.body)):
+        if not is_cheap(node.body) and not (len(readers) <= FEW_READERS and _is_light(node, readers, flow)):
             continue
         new = {r: _fused(node, r, flow) for r in readers}
-        if all(n is not None and work_of(n) <= work_of(flow[r]) + RECOMPUTE for r, n in new.items()):
+        if all(n is not None and work_of(n) <= work_of(flow[r]) + RECOMPUTE * units(n) for r, n in new.items()):
             for r, n in new.items():
                 assert n is not None
                 flow.replace(r, n)
             flow.remove(i)
+
+
+def _is_light(node: RowMap, readers: list[int], flow: Flow) -> bool:
+    """Whether reading the result costs about as much as computing it again: one number for each row of what it reads
+    (a mean; not a product with a matrix), or something pointwise that only RowMaps read."""
+    if is_gathering(node.body) or is_slow(node.body):
+        return False
+    if E.reductions(node.body):
+        return all(ld.free >= set(node.dims) for r in E.reductions(node.body) for ld in E.loads(r))
+    return all(isinstance(flow[r], RowMap) for r in readers)
 
 
 def _fused(node: RowMap, reader: int, flow: Flow) -> Node | None:
@@ -137,3 +148,8 @@ def work_of(node: Node) -> int:
     return total + (work(node.mask, (node.b, node.h, node.s)) if node.mask is not None else 0)
 
 
+def units(node: Node) -> int:
+    """Rows of a node that different workers can compute."""
+    if isinstance(node, RowMap):
+        return math.prod(v.size for v in node.dims[:-1])
+    return node.b.size * node.g.size if isinstance(node, Attention) else 1

@@ -31,18 +31,19 @@ CHEAP_LOADS = 1
 """Loads up to which a result counts as cheap. With one load, computing it again moves no more bytes than reading it.
 With two (a residual sum) each reader would fetch both, and over the layers the chain would grow."""
 
-FEW_READERS = 2
-"""Readers up to which a pointwise result is computed again in each, when they are RowMaps themselves and the extra work
-is below RECOMPUTE: the angles of which one RowMap takes the sine and another the cosine."""
+FEW_READERS = 3
+"""Readers up to which light results are computed again in each although they are not cheap, when the extra work is
+below RECOMPUTE: the angles of which one RowMap takes the sine and another the cosine; mean and variance of a row that
+two norms share, where reading them would put two more waits before each."""
 
 PROLOGUE_WEIGHT = 128
 """Weight per element of x up to which a Linear of one token carries a prologue. Each of its tasks computes all of x,
 K elements; an RMSNorm weighs about 20, so that K = 4096 costs a worker of 256 lanes some 300 instructions each."""
 
 RECOMPUTE = 1 << 16
-"""Operations that a fused node may do in excess of its two halves, over all of its elements: 256 per lane of one
-worker, about a tenth of the wait that it saves. Slow functions are not done again at all: a sine that every head
-would compute costs registers as well."""
+"""Operations that a fused node may do in excess of its two halves, per row: 256 per lane of one worker, about a
+tenth of the wait that it saves. Slow functions are not done again at all: a sine that every head would compute costs
+registers as well."""
 
 NESTED_LIMIT = 512
 """Distinct sub-expressions of one node, at most, so that generated code and its registers stay bounded when
@@ -81,12 +82,12 @@ def is_gather(x: Load) -> bool:
 
 def is_cheap(x: Expr) -> bool:
     """Whether computing x again is as good as reading it."""
-    return is_pointwise(x) and len(loads(x)) <= CHEAP_LOADS and weight(x) <= CHEAP
+    return not reductions(x) and not is_gathering(x) and len(loads(x)) <= CHEAP_LOADS and weight(x) <= CHEAP
 
 
-def is_pointwise(x: Expr) -> bool:
-    """Whether x neither reduces nor gathers."""
-    return not reductions(x) and not any(map(is_gather, loads(x)))
+def is_gathering(x: Expr) -> bool:
+    """Whether x loads from an address that depends on loaded data."""
+    return any(map(is_gather, loads(x)))
 
 
 def work(x: Expr, dims: tuple[Var, ...]) -> int:

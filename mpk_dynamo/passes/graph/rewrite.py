@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from ...ir import expr as E
 from ...ir.expr import Expr, Load, Op, Reduce, Var
-from ...ir.graph import Attention, Linear, Node, RowMap
+from ...ir.graph import Linear, Node, RowMap
 from ...ir.types import DType
+
 
 def replace_loads(x: Expr, values: Mapping[str, Callable[[tuple[Expr, ...]], Expr]]) -> Expr:
     """x with every load of a buffer in `values` replaced by values[buffer](index)."""

@@ -1,0 +1,310 @@
+"""What a decoder's step becomes, and what fusion must leave alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import graphs
+import pytest
+from graphs import Builder, Model, T
+from test_same_results import assert_same
+
+from mpk_dynamo.errors import Unsupported
+from mpk_dynamo.ir import expr as E
+from mpk_dynamo.ir.graph import Attention, Graph, Linear, Output, RowMap, expressions
+from mpk_dynamo.ir.types import BufferKind, DType
+from mpk_dynamo.passes import graph as passes
+from mpk_dynamo.passes.graph import PASSES
+from mpk_dynamo.passes.graph.order import order
+
+BF16, F32, I64 = DType.BF16, DType.F32, DType.I64
+INPUT, STATE = BufferKind.INPUT, BufferKind.STATE
+
+
+def fused(graph: Graph) -> Graph:
+    for graph_pass in PASSES:
+        graph = graph_pass(graph)
+    return graph
+
+
+def count(graph: Graph, kind: type) -> int:
+    return sum(isinstance(n, kind) for n in graph.nodes)
+
+
+def find(graph: Graph, kind: type) -> list:
+    return [n for n in graph.nodes if isinstance(n, kind)]
+
+
+# --- a decoder ---
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_layer_of_one_token_is_five_nodes(layers: int, qk_norm: bool) -> None:
+    g = fused(graphs.decoder(Model(layers=layers, qk_norm=qk_norm)))
+    assert count(g, Attention) == layers
+    assert count(g, Linear) == 4 * layers + 1
+    # embedding, cosine, sine, live keys, and a counter per layer
+    assert count(g, RowMap) == 4 + layers
+    for k in range(layers):
+        qkv, o, gate_up, down = find(g, Linear)[4 * k : 4 * k + 4]
+        assert [len(p.weights) for p in qkv.parts] == [1, 1, 1] and E.reductions(qkv.x)
+        assert [len(p.weights) for p in gate_up.parts] == [2] and E.reductions(gate_up.x)
+        for residual in (o, down):
+            assert len(E.loads(residual.parts[0].epilogue)) == 1 and isinstance(residual.x, E.Load)
+        attention = find(g, Attention)[k]
+        assert attention.append is not None and attention.g.size == 2
+        assert attention.keys == f"layers.{k}.keys" and attention.append.keys == f"layers.{k}.keys@1"
+        assert bool(E.reductions(attention.q)) == bool(E.reductions(attention.append.key)) == qk_norm
+
+
+def test_layer_of_several_tokens_stores_its_norms() -> None:
+    g = fused(graphs.decoder(Model(layers=2, batch=3)))
+    assert count(g, Linear) == 9 and count(g, Attention) == 2
+    assert count(g, RowMap) == 4 + 2 + 5
+    assert all(isinstance(n.x, E.Load) for n in find(g, Linear))
+
+
+def test_x_of_a_linear_is_row_t_column_k() -> None:
+    for node in find(fused(graphs.decoder(Model(batch=3))), Linear):
+        assert node.x.index == (node.t, node.k)
+
+
+def test_rotary_tables_are_computed_once() -> None:
+    g = fused(graphs.decoder(Model(layers=3)))
+    slow = [n for n in g.nodes for x in expressions(n) for e in E.walk(x) if getattr(e, "name", "") in ("sin", "cos")]
+    assert len(slow) == 2 and all(isinstance(n, RowMap) and len(n.dims) == 1 for n in slow)
+
+
+def test_live_keys_are_found_once_for_all_layers() -> None:
+    for mask in ("input", "arithmetic"):
+        g = fused(graphs.decoder(Model(layers=3, mask=mask)))
+        firsts = {a.first for a in find(g, Attention)}
+        assert len(firsts) == 1 and None not in firsts
+        (found,) = [n for n in find(g, RowMap) if len(E.reductions(n.body)) == 2]
+        assert g.buffers[found.out].dtype is DType.I32 and g.buffers[found.out].shape == (1, 2)
+
+
+def test_counter_is_added_to_after_its_readers() -> None:
+    g = fused(graphs.decoder(Model(layers=2, mask="arithmetic")))
+    at = {n.name: k for k, n in enumerate(g.nodes)}
+    # layer 0's counter also is the position that every layer's mask compares with
+    for attention in find(g, Attention):
+        assert at["write_length0@1"] > at[attention.name]
+
+
+def test_upcast_result_is_stored_narrow() -> None:
+    g = fused(graphs.decoder(Model()))
+    assert {b.dtype for b in g.buffers.values() if b.kind is BufferKind.SCRATCH} == {BF16, DType.I32}
+
+
+def test_whole_model_size_takes_about_a_second_or_two() -> None:
+    import time
+
+    g = graphs.decoder(Model(36, 1, 4096, heads=32, kv_heads=8, size=128, ff=12288, vocab=151936, capacity=1024))
+    start = time.process_time()
+    g = fused(g)
+    assert len(g.nodes) == 36 * 6 + 5
+    assert time.process_time() - start < 8, "several times slower than it was"
+
+
+# --- what must stay ---
+
+
+def small_linear(g: Builder, x: T, rows: int, name: str) -> T:
+    return g.linear(x, g.caller(name, (rows, x.shape[-1]), BF16), None, name)
+
+
+def test_epilogue_leaves_a_result_with_another_reader() -> None:
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, INPUT)
+    y = small_linear(g, x, 16, "w")
+    before = g.graph(g.op("add", y, x), g.op("mul", small_linear(g, y, 16, "v"), 2.0))
+    after = fused(before)
+    first = find(after, Linear)[0]
+    assert isinstance(first.parts[0].epilogue, E.Op) and not E.loads(first.parts[0].epilogue)
+    assert_same(before, after)
+
+
+def test_epilogue_does_not_wait_for_itself() -> None:
+    """z = y0 * f(y1) where y0, y1 come from one Linear, and f goes through a second Linear: taking z into the first
+    Linear would make it wait for the second, which waits for the first."""
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, INPUT)
+    y0, y1 = small_linear(g, x, 16, "w0"), small_linear(g, x, 16, "w1")
+    z = g.op("mul", y0, small_linear(g, y1, 16, "w2"))
+    before = g.graph(z)
+    after = fused(before)
+    assert [len(n.parts) for n in find(after, Linear)] == [2, 1]
+    assert after.nodes[-1].parts[0].out == z.name and E.loads(after.nodes[-1].parts[0].epilogue)
+    assert_same(before, after)
+
+
+def test_linears_of_one_input_merge_only_where_neither_waits() -> None:
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, STATE)
+    old = small_linear(g, x, 16, "w0")
+    x1 = g.assign(x, E.cast(E.op("add", g.wide(x, x.shape), g.wide(old, x.shape)), BF16))
+    before = g.graph(small_linear(g, x1, 16, "w1"), small_linear(g, x1, 16, "w2"))
+    after = fused(before)
+    assert sorted(len(n.parts) for n in find(after, Linear)) == [1, 2]
+    assert_same(before, after)
+
+
+def test_read_of_an_old_version_is_not_moved_past_the_write() -> None:
+    """z = copy of x before the write, used with something computed after it: the copy must stay."""
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, STATE)
+    copy = g.view(x, (1, 16))
+    written = g.assign(x, E.cast(E.op("mul", g.wide(x, x.shape), E.const(2.0, F32)), BF16))
+    before = g.graph(g.op("add", copy, written))
+    after = fused(before)
+    assert len(after.nodes) == 3
+    assert_same(before, after)
+
+
+def test_shift_in_place_keeps_its_copy() -> None:
+    """x[:] = roll(x): computed into a buffer first, since elements would overwrite what others still read."""
+    g = Builder()
+    x = g.caller("x", (16,), BF16, STATE)
+    i = E.var("i0", 16)
+    rolled = g.emit((16,), g.at(x, (E.op("mod", E.op("add", i, E.index(1)), E.index(16)),)))
+    x1 = g.assign(x, g.at(rolled, (i,)))
+    before = g.graph(g.op("neg", x1))
+    after = fused(before)
+    assert len(after.nodes) == 3
+    assert_same(before, after)
+
+
+def test_elementwise_update_in_place_is_fused() -> None:
+    g = Builder()
+    x = g.caller("x", (16,), BF16, STATE)
+    y = g.op("mul", g.op("add", x, 1.0), 3.0)
+    before = g.graph(g.op("neg", g.assign(x, g.at(y, graphs.points((16,))))))
+    after = fused(before)
+    assert len(after.nodes) == 2
+    assert_same(before, after)
+
+
+def append(extra_reader: bool, wide_position: bool = False) -> Graph:
+    g = Builder()
+    cache = (1, 2, 8, 4)
+    keys, values = g.caller("keys", cache, BF16, STATE), g.caller("values", cache, BF16, STATE)
+    k, v = g.caller("k", (1, 2, 1, 4), BF16, INPUT), g.caller("v", (1, 2, 1, 4), BF16, INPUT)
+    q = g.caller("q", (1, 2, 1, 4), BF16, INPUT)
+    where = g.caller("where", (2,) if wide_position else (1,), I64, INPUT)
+    if wide_position:  # another row per head
+        new = []
+        for old, source in ((keys, k), (values, v)):
+            written = g.new_version(old)
+            dims = tuple(E.var(f"i{n}", s) for n, s in enumerate(source.shape))
+            at = graphs.points(source.shape)
+            store = (at[0], at[1], g.at(where, (at[1],)), at[3])
+            g.nodes.append(RowMap(written.name, dims, g.at(source, at), written.name, store))
+            new.append(written)
+    else:
+        new = [g.index_copy(keys, where, k), g.index_copy(values, where, v)]
+    out = [g.attention(q, *new, None, 0.5)]
+    return g.graph(*out, *([g.op("neg", new[0])] if extra_reader else []))
+
+
+def test_append_is_absorbed_only_when_nothing_else_reads_the_cache() -> None:
+    for extra, wide, absorbed in ((False, False, True), (True, False, False), (False, True, False)):
+        before = append(extra, wide)
+        after = fused(before)
+        assert (find(after, Attention)[0].append is not None) == absorbed, (extra, wide)
+        assert_same(before, after)
+
+
+def test_mask_of_several_heads_keeps_every_key_some_head_sees() -> None:
+    g = Builder()
+    shape = (2, 2, 8, 4)
+    keys, values = g.caller("keys", shape, BF16, INPUT), g.caller("values", shape, BF16, INPUT)
+    q = g.caller("q", (2, 2, 1, 4), BF16, INPUT)
+    mask = g.caller("mask", (2, 2, 1, 8), DType.BOOL, INPUT)
+    before = g.graph(g.attention(q, keys, values, mask, 0.5))
+    after = fused(before)
+    (attention,) = find(after, Attention)
+    assert attention.first is not None
+    assert_same(before, after, seeds=5)
+
+
+def test_norm_that_two_nodes_read_is_stored() -> None:
+    g = Builder()
+    x = g.caller("x", (1, 64), BF16, INPUT)
+    wide = g.to(x, F32)
+    y = g.to(g.op("mul", wide, g.op("rsqrt", g.op("add", g.mean(g.op("mul", wide, wide)), 1e-6))), BF16)
+    z = small_linear(g, y, 64, "w0")
+    before = g.graph(small_linear(g, g.op("sigmoid", z), 8, "w1"), g.op("add", small_linear(g, z, 64, "w2"), y))
+    after = fused(before)
+    assert sum(bool(E.reductions(x)) for n in after.nodes for x in expressions(n)) == 1
+    assert_same(before, after)
+
+
+def test_activation_in_many_steps_is_one_epilogue() -> None:
+    """GELU by tanh, as GPT-2 writes it: the result of the Linear has three readers until they are one."""
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, INPUT)
+    y = small_linear(g, x, 32, "w0")
+    cubed = g.op("mul", g.op("mul", y, y), y)
+    inner = g.op("tanh", g.op("mul", g.op("add", y, g.op("mul", cubed, 0.044715)), 0.79788))
+    gelu = g.op("mul", g.op("mul", y, 0.5), g.op("add", inner, 1.0))
+    before = g.graph(small_linear(g, gelu, 16, "w1"))
+    after = fused(before)
+    assert [type(n) for n in after.nodes] == [Linear, Linear]
+    assert_same(before, after)
+
+
+def test_product_written_as_a_reduction_is_not_repeated() -> None:
+    """sum over r of (sum over s of x[s] w[s, r]) v[r, i]: the inner sum must not run once per i and r."""
+    g = Builder()
+    x, w, v = (g.caller(n, s, F32, INPUT) for n, s in (("x", (64,)), ("w", (64, 64)), ("v", (64, 64))))
+    i, r = E.var("i0", 64), E.var("r0", 64)
+
+    def product(a: T, m: T) -> T:
+        return g.emit((64,), E.reduce("sum", r, E.op("mul", g.at(a, (r,)), g.at(m, (r, i)))))
+
+    before = g.graph(product(product(x, w), v))
+    after = fused(before)
+    assert len(after.nodes) == 2
+    assert_same(before, after)
+
+
+def test_reduction_over_another_length_stays_out_of_a_linear() -> None:
+    """A norm per head of 16 before a Linear over 64: its task would reduce in the wrong rows."""
+    g = Builder()
+    x = g.caller("x", (1, 4, 16), F32, INPUT)
+    y = g.op("mul", x, g.op("rsqrt", g.mean(g.op("mul", x, x))))
+    y = g.view(g.to(y, BF16), (1, 64))
+    before = g.graph(small_linear(g, y, 8, "w"))
+    after = fused(before)
+    assert not E.reductions(find(after, Linear)[0].x)
+    assert_same(before, after)
+
+
+# --- order ---
+
+
+def test_order_refuses_a_cycle() -> None:
+    """a = x@1 + 1 is read by the writer of x@1's own predecessor: no order exists."""
+    g = Builder()
+    x = g.caller("x", (4,), F32, STATE)
+    x1 = g.assign(x, E.const(1.0, F32))
+    late = g.op("add", x1, x)  # reads both versions
+    made = replace(g.graph(late), outputs=(Output(late.name),))
+    with pytest.raises(Unsupported, match="overwritten in place"):
+        order(made)
+
+
+def test_order_sorts_what_is_shuffled() -> None:
+    before = fused(graphs.decoder(Model()))
+    # the order of versions is that of the nodes, so only nodes without a successor version may move
+    writers = [n for n in before.nodes if isinstance(n, RowMap)]
+    rest = [n for n in before.nodes if not isinstance(n, RowMap)]
+    shuffled = replace(before, nodes=(*reversed(rest), *writers))
+    assert_same(before, order(shuffled))
+
+
+def test_passes_stamp_their_names() -> None:
+    g = fused(graphs.decoder(Model(layers=1)))
+    assert g.provenance[1:] == tuple(p.__name__ for p in passes.PASSES)
