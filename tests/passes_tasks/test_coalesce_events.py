@@ -26,6 +26,7 @@ def test_order_is_kept_and_edges_go_forward(tg, max_signals):
     assert all(len(w) <= 1 for w in tg.waits())
     assert len(tg.events) <= len(exact.events)
     assert [e.id for e in tg.events] == list(range(len(tg.events)))
+    assert [e.waiters for e in tg.events] == sorted(e.waiters for e in tg.events)
     assert all(list(e.producers) == sorted(set(e.producers)) for e in tg.events)
 
 
@@ -71,6 +72,14 @@ def test_neighbouring_events_of_one_consumer_are_merged_until_the_limit_holds():
     assert pairs(limited)[0] == (tuple(range(8)), (8, 9))
     barrier = coalesce_events(order_conflicts(tg), 1)
     assert pairs(barrier) == [(tuple(range(8)), tuple(range(8, 16)))]
+
+
+def test_events_stay_numbered_by_first_waiter():
+    """Events are grouped by consuming node on the way; the numbers do not show it."""
+    tasks = [task(writes=[f"a[{i}:{i + 1}]"], node=0) for i in range(4)]
+    tasks += [task([f"a[{i}:{i + 2}]"], [f"b[{i}:{i + 1}]"], node=1 + i % 2, nbytes=BIG) for i in range(3)]
+    tg = coalesce_events(order_conflicts(program(*tasks)))
+    assert [e.waiters[0] for e in tg.events] == [4, 5, 6]
 
 
 def test_the_limit_must_leave_one_signal():

@@ -12,7 +12,7 @@ from small_programs import closure, edges, program, programs, queue_edges, task
 
 from mpk_dynamo.ir.types import BufferKind
 from mpk_dynamo.passes.schedule import order_queues, place, plan_memory, schedule
-from mpk_dynamo.passes.schedule.plan_memory import ALIGNMENT
+from mpk_dynamo.passes.schedule.plan_memory import ALIGNMENT, tightest_gap
 from mpk_dynamo.passes.tasks import derive_events
 
 
@@ -65,6 +65,19 @@ def test_the_order_of_the_task_list_alone_does_not_free_memory():
     tg = derive_events(program(task(writes=["a[0:64]"]), task(["a[0:64]"]), task(writes=["b[0:64]"])))
     assert plan_memory(tg, ((0, 1), (2,)))[1] == 2 * 256
     assert plan_memory(tg, ((0, 1, 2),))[1] == 256
+
+
+def test_order_by_a_queue_counts_for_a_task_that_also_waits_for_an_event():
+    tasks = [task(writes=["a[0:64]"]), task(writes=["x[0:64]"]), task(["x[0:64]"], ["b[0:64]"])]
+    arena, _ = plan_memory(derive_events(program(*tasks)), ((0, 2), (1,)))
+    assert arena["b"] == arena["a"] != arena["x"]
+
+
+def test_a_long_storage_behind_short_ones_blocks_its_whole_range():
+    assert tightest_gap([(0, 1024), (256, 512)], 256) == 1024
+    assert tightest_gap([(0, 256), (1024, 1280), (1536, 1792)], 256) == 1280  # the tighter of two gaps
+    assert tightest_gap([(512, 1024)], 256) == 0
+    assert tightest_gap([], 256) == 0
 
 
 def test_a_reader_of_another_branch_keeps_memory_alive():

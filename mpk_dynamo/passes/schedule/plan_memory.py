@@ -36,7 +36,7 @@ def plan_memory(tg: TaskGraph, queues: Sequence[Sequence[int]] = ()) -> tuple[di
     for name in order:
         life = lives[name]
         taken = sorted((arena[o], arena[o] + lives[o].size) for o in arena if not _ordered(life, lives[o]))
-        arena[name] = _tightest_gap(taken, life.size)
+        arena[name] = tightest_gap(taken, life.size)
     end = max((arena[name] + life.size for name, life in lives.items()), default=0)
     return {name: arena[name] for name in lives}, end
 
@@ -62,7 +62,7 @@ def _ordered(a: _Life, b: _Life) -> bool:
     return a.users & b.before == a.users or b.users & a.before == b.users
 
 
-def _tightest_gap(taken: list[tuple[int, int]], size: int) -> int:
+def tightest_gap(taken: list[tuple[int, int]], size: int) -> int:
     """Offset of the smallest gap between the taken ranges (sorted) that fits, else the end."""
     best, waste, end = -1, 0, 0
     for start, stop in taken:
