@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mpk_dynamo.ir import expr as E
 from mpk_dynamo.ir.expr import Acc, Const, Expr, Load, Op, Reduce, Var
 from mpk_dynamo.ir.graph import Attention, Graph, Linear, RowMap
 from mpk_dynamo.ir.types import BufferKind, DType
@@ -119,11 +120,8 @@ def run_linear(node: Linear, memory: Memory) -> None:
 
 def run_attention(node: Attention, memory: Memory) -> None:
     cache = Evaluation((node.b, node.g, node.s, node.d), memory)
-    keys, values = (
-        cache(Load_(name, index, memory))
-        for name, index in ((node.keys, node.key_index), (node.values, node.value_index))
-    )
-    keys, values = keys.double().clone(), values.double().clone()
+    keys = cache(load(node.keys, node.key_index, memory)).double().clone()
+    values = cache(load(node.values, node.value_index, memory)).double().clone()
     per_b = Evaluation((node.b,), memory)
     if node.append is not None:
         a, row = node.append, Evaluation((node.b, node.g, node.d), memory)
@@ -154,22 +152,17 @@ def run_attention(node: Attention, memory: Memory) -> None:
     store(memory[node.out], index, out.to(memory[node.out].dtype))
 
 
-def Load_(name: str, index: tuple[Expr, ...], memory: Memory) -> Expr:
-    from mpk_dynamo.ir import expr as E
-
-    dtype = next(d for d, t in TORCH.items() if t is memory[name].dtype)
-    return E.load(name, index, dtype)
+def load(name: str, index: tuple[Expr, ...], memory: Memory) -> Expr:
+    return E.load(name, index, next(d for d, t in TORCH.items() if t is memory[name].dtype))
 
 
 def random_memory(graph: Graph, seed: int = 0, position: int = 5) -> Memory:
-    """Random tensors for what the caller hands in. Integers are small; masks are random but allow key 0; 0-d counters
-    are `position`."""
+    """Random tensors for what the caller hands in. Integers are small; masks hide the first two keys, allow key
+    `position` and are random elsewhere; 0-d counters are `position`."""
     made: Memory = {}
     rng = torch.Generator().manual_seed(seed)
-    for b in sorted(
-        (b for b in graph.buffers.values() if b.kind not in (BufferKind.SCRATCH, BufferKind.OUTPUT)),
-        key=lambda b: b.name,
-    ):
+    internal = (BufferKind.SCRATCH, BufferKind.OUTPUT)
+    for b in sorted((b for b in graph.buffers.values() if b.kind not in internal), key=lambda b: b.name):
         if b.storage in made:
             continue
         if b.dtype is DType.BOOL:
@@ -181,9 +174,8 @@ def random_memory(graph: Graph, seed: int = 0, position: int = 5) -> Memory:
             if not b.shape:
                 tensor = torch.tensor(position, dtype=TORCH[b.dtype])
         else:
-            tensor = (torch.randn(b.shape, generator=rng) / max(1, b.shape[-1] if b.shape else 1) ** 0.25).to(
-                TORCH[b.dtype]
-            )
+            scale = max(1, *b.shape[-1:]) ** 0.25 if b.shape else 1.0
+            tensor = (torch.randn(b.shape, generator=rng) / scale).to(TORCH[b.dtype])
         made[b.storage] = tensor
     return made
 
