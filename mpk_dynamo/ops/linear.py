@@ -7,6 +7,7 @@ when there are several tokens, the tensor-core tile), since a decode step is bou
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
@@ -166,7 +167,7 @@ class LinearOperator:
         bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
         return [
             _plain(bf16, 1, 64, 37), _plain(f16, 3, 72, 50), _plain(f32, 8, 40, 133), _plain(bf16, 16, 136, 24),
-            _plain(bf16, 1, 520, 510),  # more weights than `run` converts at a time
+            _plain(bf16, 1, 520, 510), _plain(f16, 2, 520, 510),  # more weights than `run` converts at a time
             _gated(bf16, 1, 72, 45), _gated(f16, 8, 64, 20), _gated(f32, 1, 24, 5),
             _residual(bf16, 1, 104, 33), _residual(f16, 16, 48, 17),
             _qkv(bf16, 1, 64, (6, 2, 2), 16), _qkv(bf16, 3, 64, (4, 1, 1), 24), _qkv(f32, 16, 32, (3, 3, 3), 8),
@@ -175,14 +176,35 @@ class LinearOperator:
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """x [T, K] in f32 times rows [start, stop) of a weight [N, K], accumulated in f32: [T, stop - start] f32."""
-    rows = max(1, CACHED_WEIGHTS // x.shape[1])
-    if weight.dtype is torch.float32 or stop - start <= rows:
-        return x @ weight[start:stop].float().T
+    if weight.dtype is torch.float32:
+        return x @ weight[start:stop].T
+    depth = x.shape[1]
+    step = max(1, CACHED_WEIGHTS // depth)
+    room = workspace(x.device, max(CACHED_WEIGHTS, depth))
     out = x.new_empty((x.shape[0], stop - start))
-    for first in range(start, stop, rows):
-        last = min(first + rows, stop)
-        out[:, first - start : last - start] = x @ weight[first:last].float().T
+    for first in range(start, stop, step):
+        rows = min(step, stop - first)
+        wide = room[: rows * depth].view(rows, depth)
+        wide.copy_(weight[first : first + rows])
+        torch.mm(x, wide.T, out=out[:, first - start : first - start + rows])
     return out
+
+
+class _Rooms(threading.local):
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, torch.Tensor] = {}
+
+
+_ROOMS = _Rooms()
+
+
+def workspace(device: torch.device, elements: int) -> torch.Tensor:
+    """A reused f32 vector of this thread: a fresh megabyte for each conversion costs more in page faults than the
+    conversion (5 times, on one machine)."""
+    kept = _ROOMS.by_device.get(device)
+    if kept is None or kept.numel() < elements:
+        kept = _ROOMS.by_device[device] = torch.empty(elements, device=device)
+    return kept
 
 
 def _node(s: Sample, name: str, t: int, k: int, x: Expr, parts: list[LinearPart]) -> tuple[Node, Graph]:
