@@ -14,12 +14,13 @@ from .accesses import AccessIndex
 from .graph_rules import check_buffers, check_definitions, check_versions
 from .graph_rules import check_nodes as check_graph_nodes
 from .loader_rules import check_loader
+from .needed_rules import check_needed
 from .order import EventOrder, Order, QueueOrder
 from .order_rules import check_storages, check_unwritten
 from .program_rules import check_limits, check_opcodes, check_operands, check_waits
 from .program_rules import check_queues as check_queue_tables
 from .replay import replay
-from .report import Report
+from .report import Report, without_collector
 from .schedule_rules import check_lifetimes, check_offsets, check_queues, check_slots, check_workers
 from .state_rules import check_states
 from .tables import decode
@@ -28,6 +29,7 @@ from .task_rules import check_accesses, check_events, check_nodes, check_ready, 
 __all__ = ["Report", "verify_graph", "verify_program", "verify_schedule", "verify_tasks"]
 
 
+@without_collector
 def verify_graph(graph: Graph) -> Report:
     """Rules G1 to G3."""
     report = Report("graph")
@@ -44,8 +46,9 @@ def verify_graph(graph: Graph) -> Report:
     return report.done()
 
 
+@without_collector
 def verify_tasks(tg: TaskGraph) -> Report:
-    """Rules T1 to T6, T9 and T10, with tasks ordered by events alone."""
+    """Rules T1 to T6 and T9 to T11, with tasks ordered by events alone."""
     report = Report("tasks")
     index = _check_declared(tg, report)
     check_ready(tg)
@@ -54,6 +57,7 @@ def verify_tasks(tg: TaskGraph) -> Report:
     return report.done()
 
 
+@without_collector
 def verify_schedule(s: Schedule, target: object | None = None) -> Report:
     """Rules S1 to S3, S5 and S6, and the T rules again with tasks ordered by events and queues.
 
@@ -83,11 +87,12 @@ def _check_declared(tg: TaskGraph, report: Report) -> AccessIndex:
     check_accesses(tg, index)
     check_events(tg)
     check_nodes(tg, index)
-    report.count(tasks=len(tg.tasks), events=len(tg.events), accesses=index.accesses)
+    report.count(tasks=len(tg.tasks), events=len(tg.events), accesses=index.accesses, needed_boxes=check_needed(tg))
     report.proved(
         T1="accesses are inside their buffers",
         T2="event counts are their numbers of producers",
         T10="tasks touch what their nodes touch",
+        T11="tasks read what the elements they write are made of",
     )
     return index
 
@@ -105,6 +110,7 @@ def _check_order(tg: TaskGraph, index: AccessIndex, order: Order, report: Report
     )
 
 
+@without_collector
 def verify_program(p: Program, target: object | None = None) -> Report:
     """Rules P1 to P3, T7 and S4. The Schedule inside is taken as verified (verify_schedule)."""
     report = Report("program")

@@ -13,36 +13,32 @@ from ..ir.region import Box
 from ..ir.tasks import TaskGraph
 from ..ir.types import BufferKind
 from .accesses import Storage
-from .overlap import stack, volumes
 
 
 def check_states(tg: TaskGraph, storages: list[Storage]) -> None:
     """Each version's written boxes are disjoint and fill the region its node stores to."""
-    expected = {name: box for node in tg.graph.nodes for name, box in stored(node, tg)}
+    groups: dict[str, list[Box]] = {}
     for s in storages:
-        if s.writes[0].buffer.kind is not BufferKind.STATE:
-            continue
-        for name in dict.fromkeys(g.buffer.name for g in s.writes):
-            groups = [g for g in s.writes if g.buffer.name == name]
-            box = expected.get(name)
-            if box is None:
-                continue
+        for g in s.writes:
+            groups.setdefault(g.buffer.name, []).append(g.access.box)
+    for node in tg.graph.nodes:
+        for name, box in stored(node, tg):
+            boxes = groups.get(name, [])
             # T4 has ordered overlapping writes; writing an element twice in order is allowed, leaving one out is not
-            union = _union_volume([g.access.box for g in groups])
-            want = int(volumes(stack([box]))[0])
-            hull = tuple(
-                (min(b[0] for b in d), max(b[1] for b in d)) for d in zip(*(g.access.box for g in groups), strict=True)
+            union, want = union_volume(boxes), union_volume([box])
+            hull = (
+                tuple((min(x for x, _ in d), max(y for _, y in d)) for d in zip(*boxes, strict=True)) if boxes else box
             )
-            if union != want or hull != box:
+            if union != want or (want and hull != box):
                 text = f"tasks write {union} elements of {name}, within {_show(hull)}; the graph stores to {_show(box)}"
-                raise VerificationError("T6", text, origin=groups[0].buffer.origin)
+                raise VerificationError("T6", text, origin=node.origin)
 
 
 def _show(box: Box) -> str:
     return "[" + ", ".join(f"{s}:{e}" for s, e in box) + "]"
 
 
-def _union_volume(boxes: list[Box]) -> int:
+def union_volume(boxes: list[Box]) -> int:
     """Elements in any of the boxes: by slabs along the first dimension."""
     if not boxes:
         return 0
@@ -52,7 +48,7 @@ def _union_volume(boxes: list[Box]) -> int:
     total = 0
     for start, stop in zip(edges, edges[1:], strict=False):
         inside = [b[1:] for b in boxes if b[0][0] <= start and b[0][1] >= stop]
-        total += (stop - start) * _union_volume(list(dict.fromkeys(inside)))
+        total += (stop - start) * union_volume(list(dict.fromkeys(inside)))
     return total
 
 

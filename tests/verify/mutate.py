@@ -126,7 +126,7 @@ def without(tg: TaskGraph, gone: int) -> TaskGraph:
     ids = {t.id: i for i, t in enumerate(moved)}
     events = []
     for e in tg.events:
-        producers, waiters = (tuple(ids[t] for t in ts if t != gone) for ts in (e.producers, e.waiters))
+        producers, waiters = (tuple(ids.get(t, t) for t in ts if t != gone) for ts in (e.producers, e.waiters))
         if producers:
             events.append(Event(len(events), producers, waiters))
     return replace(tg, tasks=tuple(replace(t, id=ids[t.id]) for t in moved), events=tuple(events))

@@ -5,12 +5,13 @@ Slow and plain on purpose, and written against the contract of ir/, not against 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 
-from mpk_dynamo.ir.expr import Const, Expr, Load, Op, Var
+from mpk_dynamo.ir.expr import Const, Expr, Load, Op, Reduce, Var
 from mpk_dynamo.ir.graph import RowMap, reads, writes
-from mpk_dynamo.ir.region import Access
+from mpk_dynamo.ir.region import Access, Box, whole
 from mpk_dynamo.ir.schedule import Schedule
 from mpk_dynamo.ir.tasks import Task, TaskGraph
 from mpk_dynamo.ir.types import Buffer, BufferKind
@@ -19,8 +20,13 @@ EXACT = (BufferKind.SCRATCH, BufferKind.OUTPUT)
 Point = tuple[int, ...]
 
 
-def points(a: Access) -> set[Point]:
-    return set(itertools.product(*(range(s, e) for s, e in a.box)))
+@functools.cache
+def box_points(box: Box) -> frozenset[Point]:
+    return frozenset(itertools.product(*(range(s, e) for s, e in box)))
+
+
+def points(a: Access) -> frozenset[Point]:
+    return box_points(a.box)
 
 
 def apart(a: Access, b: Access) -> bool:
@@ -73,7 +79,7 @@ def declared_fine(tg: TaskGraph) -> bool:
         for a in (*t.reads, *t.writes):
             if a.buffer not in tg.buffers or len(a.box) != len(tg.buffers[a.buffer].shape):
                 return False
-            if not points(a) <= set(itertools.product(*map(range, tg.buffers[a.buffer].shape))):
+            if not points(a) <= box_points(whole(tg.buffers[a.buffer].shape)):
                 return False
             if any(s < 0 or s > e or e > size for (s, e), size in zip(a.box, tg.buffers[a.buffer].shape, strict=True)):
                 return False
@@ -97,7 +103,37 @@ def declared_fine(tg: TaskGraph) -> bool:
         read = {tg.buffers[a.buffer].storage for t in mine for a in t.reads}
         if any(tg.buffers[r].storage not in read for r in reads(node) if tg.buffers[r].kind is not BufferKind.PARAM):
             return False
+    return all(reads_enough(tg, t) for t in tg.tasks)
+
+
+def reads_enough(tg: TaskGraph, t: Task) -> bool:
+    """Every element that goes into one the task writes is declared, as far as tasks write that memory at all."""
+    node = tg.graph.nodes[t.node]
+    assert isinstance(node, RowMap)
+    written = {tg.buffers[a.buffer].storage for u in tg.tasks for a in u.writes}
+    mine = set().union(*(points(a) for a in t.writes if a.buffer == node.out))
+    declared: dict[str, set[Point]] = {}
+    for a in t.reads:
+        declared.setdefault(tg.buffers[a.buffer].storage, set()).update(points(a))
+    shape = tg.buffers[node.out].shape
+    for values in itertools.product(*(range(v.size) for v in node.dims)):
+        at = dict(zip(node.dims, values, strict=True))
+        axes = [range(n) if isinstance(e, Load) else [value(e, at)] for e, n in zip(node.store, shape, strict=True)]
+        if not mine.isdisjoint(itertools.product(*axes)):
+            for buffer, element in elements(node.body, at):
+                storage = tg.buffers[buffer].storage
+                if storage in written and element not in declared.get(storage, ()):
+                    return False
     return True
+
+
+def elements(e: Expr, at: dict[Var, int]) -> set[tuple[str, Point]]:
+    """Elements an expression loads."""
+    if isinstance(e, Load):
+        return {(e.buffer, tuple(value(i, at) for i in e.index))}
+    if isinstance(e, Reduce):
+        return set().union(*(elements(e.body, {**at, e.var: i}) for i in range(e.var.size)))
+    return set().union(*(elements(c, at) for c in e.children))
 
 
 def ordered_fine(tg: TaskGraph, reach: list[set[int]]) -> bool:

@@ -37,8 +37,8 @@ def test_task_mutants_of_a_decode_step_are_killed():
     verify_tasks(tg)
     rules = agree(verify_tasks, oracle.tasks_fine, mutate.task_mutants(tg))
     print(dict(rules))
-    assert {"T1", "T2", "T3", "T4", "T6", "T9", "T10"} <= set(rules)
-    assert rules["equivalent"] < rules.total() / 2
+    assert {"T1", "T2", "T3", "T4", "T6", "T9", "T10", "T11"} <= set(rules)
+    assert rules["equivalent"] < rules.total() / 5
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -51,7 +51,7 @@ def test_schedule_mutants_of_a_decode_step_are_killed(workers):
     assert rules["equivalent"] < rules.total() / 2 or workers == 1  # on one worker the queue orders everything
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.data())
 def test_verifier_and_oracle_agree_on_random_programs(seed, data):
     tg = programs.random_tasks(seed)
@@ -66,7 +66,7 @@ def test_verifier_and_oracle_agree_on_random_programs(seed, data):
         agree(verify_tasks, oracle.tasks_fine, data.draw(st.lists(st.sampled_from(again), max_size=10)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.data())
 def test_verifier_and_oracle_agree_on_random_schedules(seed, workers, data):
     s = programs.schedule(programs.random_tasks(seed), workers, seed)
