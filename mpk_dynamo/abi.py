@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
@@ -111,6 +111,10 @@ LAUNCH_FIXED = Struct(
 """The kernel's one parameter is `struct Launch { LaunchFixed; u64 pointers[BINDINGS]; }`: this, then 8 bytes for
 each of Program.bindings (device addresses)."""
 
+PROFILE = Struct("Profile", (("clock", "u64", 4),))
+"""One record per worker, then one per task id. Worker: clock64 and globaltimer (ns) at its start, the same at its end.
+Task: clock64 of its worker when it began to wait, to run, when it had computed, when it had signalled."""
+
 FAULT = Struct(
     "Fault",
     (
@@ -134,7 +138,7 @@ FAULT_KINDS = (
 )
 """Text of Fault.kind. For the last two, `needed` is the size and `seen` the index."""
 
-STRUCTS = (TASK, WAIT, SIGNAL, OPERAND, SEGMENT, RUN, QUEUE, LAUNCH_FIXED, FAULT)
+STRUCTS = (TASK, WAIT, SIGNAL, OPERAND, SEGMENT, RUN, QUEUE, LAUNCH_FIXED, PROFILE, FAULT)
 KERNEL_NAME = "mpk_main"
 
 

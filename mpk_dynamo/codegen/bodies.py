@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import Unsupported
-from ..ir.expr import Expr, Var, acc, cast, linear_terms, reductions
+from ..ir.expr import Expr, Var, acc, bounds, cast, linear_terms, loads, reductions, substitute
 from ..ir.graph import Attention, Linear, Node, RowMap
-from ..ir.types import Buffer, DType
+from ..ir.types import Buffer, BufferKind, DType
 from ..ops.row_map import row_dims
-from .expressions import MEMORY_TYPE, REDUCERS, Emitter, Operands, row_function, split_index
+from .expressions import (
+    MEMORY_TYPE, REDUCERS, Emitter, Operands, aligned_loads, row_function, split_index, unconditional_loads,
+)  # fmt: skip
 from .geometry import linear_geometry
 
 TEMPLATE = "template <class Ctx>"
@@ -97,61 +99,83 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer]) -> Body:
         f"  static constexpr bool HALF = {'true' if weight.dtype is DType.F16 else 'false'};",
         f"  static constexpr int T = {node.t.size}, K = {node.k.size}, JOINT = {joint}, COPY_BYTES = {geometry.copy_bytes};",
     ]
-    # The prologue, a vector of consecutive k at a time. `k` in emitted code is the first of them.
-    found = [r for r in reductions(node.x)]
+    # The prologue, `width` consecutive k at a time. What it reads along k is held in registers: operands that nothing
+    # writes (weights of norms) are loaded before the task's events have come, the rest once, right after.
+    found = reductions(node.x)
     for r in found:
         if r.var.size != node.k.size or not r.free <= {node.t}:
             raise Unsupported(f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin)
     lines.append(f"  static constexpr int REDUCTIONS = {len(found)};")
+    along_k = [substitute(r.body, {r.var: node.k}) for r in found]
+    held = list(dict.fromkeys(ld for e in (*along_k, node.x) for ld in aligned_loads(e, buffers, node.k, width)))
+    members = " ".join(f"Pack<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};" for i, ld in enumerate(held))
+    lines.append(f"  struct Held {{ {members} }};")
+    fixed, moving = [], []
+    for i, ld in enumerate(held):
+        emitter = Emitter(buffers, operands, {node.t: "t", node.k: "k0"}, origin=node.origin)
+        address = emitter.address(ld, node.k)
+        written = buffers[ld.buffer].kind not in (BufferKind.PARAM, BufferKind.INPUT)
+        (moving if written else fixed).append(f"{{ {' '.join(emitter.lines)} held.v{i}.load({address} + k0); }}")
+    lines.append(
+        "  template <bool FIXED, class Ctx> MPK_DEVICE static void load(Ctx& c, int t, int k0, Held& held) {\n"
+        f"    if constexpr (FIXED) {{ {' '.join(fixed)} }}\n    else {{ {' '.join(moving)} }}\n  }}"
+    )
     names: dict[Expr, str] = {node.t: "t"}
 
-    def vector(body: Expr, along: Var) -> str:
-        emitter = Emitter(buffers, operands, {**names, along: "k0"}, origin=node.origin)
-        arrays = emitter.vector_loads(body, along, width)
-        inner = emitter.child({along: "k", **{ld: f"{name}[i]" for ld, name in arrays.items()}})
-        # values that do not depend on the column stay outside the loop: the compiler hoists them
-        for key in [key for key in inner.names if along in key.free and key is not along and key not in arrays]:
-            del inner.names[key]
+    def vector(body: Expr) -> str:
+        used = [i for i, ld in enumerate(held) if ld in set(loads(body))]
+        arrays = " ".join(f"float a{i}[{width}]; held.v{i}.unpack(a{i});" for i in used)
+        inner = Emitter(
+            buffers, operands, {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}}, origin=node.origin
+        )
         value = inner.emit(body)
         return (
-            f"{' '.join(emitter.lines)}\n#pragma unroll\n    for (int i = 0; i < {width}; ++i) "
+            f"{arrays}\n#pragma unroll\n    for (int i = 0; i < {width}; ++i) "
             f"{{ [[maybe_unused]] const int k = k0 + i; {' '.join(inner.lines)} out[i] = {value}; }}"
         )
 
+    arguments = f"Ctx& c, int t, int k0, const Held& held, const float* red, float (&out)[{width}]"
     terms, combines = [], []
-    for i, r in enumerate(found):
-        terms.append(f"    if constexpr (I == {i}) {{ {vector(r.body, r.var)} }}")
+    for i, (r, body) in enumerate(zip(found, along_k, strict=True)):
+        terms.append(f"    if constexpr (I == {i}) {{ {vector(body)} }}")
         combines.append(REDUCERS[r.name])
         names[r] = f"red[{i}]"
     if found:
-        lines.append("  template <int I> struct Pick;")
-        lines.append(
-            "  template <int I, class Ctx> MPK_DEVICE static void term(Ctx& c, int t, int k0, const float* red, "
-            f"float (&out)[{width}]) {{\n" + "\n".join(terms) + "\n  }"
-        )
-        chain = "Sum"
-        for i in reversed(range(len(combines))):
-            chain = combines[i] if i == len(combines) - 1 else f"Select<I == {i}, {combines[i]}, {chain}>"
+        lines.append(f"  template <int I, class Ctx> MPK_DEVICE static void term({arguments}) {{\n" + "\n".join(terms) + "\n  }")
+        chain = combines[-1]
+        for i in reversed(range(len(combines) - 1)):
+            chain = f"Select<I == {i}, {combines[i]}, {chain}>"
         lines.append(f"  template <int I> using Combine = {chain};")
-    lines.append(
-        f"  {TEMPLATE} MPK_DEVICE static void x(Ctx& c, int t, int k0, const float* red, float (&out)[{width}]) {{\n    "
-        f"{vector(node.x, node.k)}\n  }}"
-    )
+    lines.append(f"  {TEMPLATE} MPK_DEVICE static void x({arguments}) {{\n    {vector(node.x)}\n  }}")
     lines.append(f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ load_vector_shared<{element}>(p, out); }}")
     counts = [len(p.weights) for p in node.parts]
     lines.append(f"  MPK_DEVICE static int joint(u32 part) {{ return {_choose([str(n) for n in counts])}; }}")
-    cases = []
+    # What the epilogue reads is loaded before the weights stream by, and held.
+    cases, holds, most = [], [], 0
     for i, p in enumerate(node.parts):
-        emitter = Emitter(
-            buffers, operands, {node.t: "t", p.n: "n", **{acc(j): f"y[{j}]" for j in range(len(p.weights))}}, origin=p.origin
-        )
+        early = [
+            ld
+            for ld in unconditional_loads(p.epilogue)
+            if ld.dtype.is_float and ld.dtype is not DType.F64 and all(bounds(e) is not None for e in ld.index)
+        ]
+        most = max(most, len(early))
+        emitter = Emitter(buffers, operands, {node.t: "t", p.n: "n"}, origin=p.origin)
+        fetched = [f"held[{j}] = load1({emitter.address(ld)});" for j, ld in enumerate(early)]
+        holds.append(f"    if (part == {i}) {{ {' '.join(emitter.lines)} {' '.join(fetched)} }}")
+        accumulators = {acc(j): f"y[{j}]" for j in range(len(p.weights))}
+        known = {node.t: "t", p.n: "n", **accumulators, **{ld: f"held[{j}]" for j, ld in enumerate(early)}}
+        emitter = Emitter(buffers, operands, known, origin=p.origin)
         value = emitter.emit(p.epilogue)
         store = _store(p.out, p.store, buffers, emitter, value)
         cases.append(f"    if (part == {i}) {{ {' '.join(emitter.lines)} {store} return; }}")
+    lines.append(f"  static constexpr int HOLD = {max(most, 1)};")
     lines.append(
-        f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}]) {{\n"
-        + "\n".join(cases)
-        + "\n  }"
+        f"  {TEMPLATE} MPK_DEVICE static void hold(Ctx& c, u32 part, int t, int n, float (&held)[HOLD]) {{\n"
+        + "\n".join(holds) + "\n  }"
+    )  # fmt: skip
+    lines.append(
+        f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}], "
+        "const float (&held)[HOLD]) {\n" + "\n".join(cases) + "\n  }"
     )
     return Body("linear", "linear_mma" if geometry.tiled else "linear", "\n".join(lines) + "\n", tuple(operands.names))
 
@@ -191,6 +215,7 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool) -> B
         f"  static constexpr int G = {node.h.size // node.g.size}, H = {node.h.size}, D = {node.d.size}, S = {node.s.size};",
         f"  static constexpr bool APPEND = {'true' if node.append else 'false'};",
         f"  static constexpr int MASK = {mask};",
+        f"  static constexpr bool MASK_PER_HEAD = {'true' if node.mask is not None and node.h in node.mask.free else 'false'};",
         f"  static constexpr float SCALE = {node.scale!r}f;",
     ]
 

@@ -6,6 +6,7 @@ stay two roundings, as in eager; only dot products use explicit fused multiply-a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from ..errors import Unsupported
@@ -156,25 +157,20 @@ class Emitter:
         offset = self.offset(buffer, e.index, skip)
         return f"c.template pointer<{MEMORY_TYPE[buffer.dtype]}>({slot}) + ({offset})"
 
-    def vector_loads(self, e: Expr, along: Var, width: int) -> dict[Expr, str]:
-        """Emit 16-byte loads for `width` consecutive values of `along` where a Load is contiguous and aligned;
-        returns Load -> array name. Loads under a `where` are left alone."""
-        found: dict[Expr, str] = {}
-        for ld in _unconditional_loads(e):
-            buffer = self.buffers[ld.buffer]
-            if along not in ld.free or not buffer.dtype.is_float or buffer.dtype is DType.F64:
-                continue
-            if not _aligned(ld, buffer, along, width):
-                continue
-            name = f"v{self.counter[0]}"
-            self.counter[0] += 1
-            address = self.address(ld, along)
-            self.lines.append(f"float {name}[{width}]; load_vector({address} + {self.names[along]}, {name});")
-            found[ld] = name
-        return found
+
+def aligned_loads(e: Expr, buffers: Mapping[str, Buffer], along: Var, width: int) -> list[Load]:
+    """Loads that are `width` consecutive, aligned floats for consecutive values of `along`. Those under a `where`
+    are left out: they may be outside their buffer."""
+    found = []
+    for ld in unconditional_loads(e):
+        dtype = buffers[ld.buffer].dtype
+        if along in ld.free and dtype.is_float and dtype is not DType.F64 and _aligned(ld, buffers[ld.buffer], along, width):
+            found.append(ld)
+    return found
 
 
-def _unconditional_loads(e: Expr) -> list[Load]:
+def unconditional_loads(e: Expr) -> list[Load]:
+    """Loads that are evaluated whatever the data: not under a `where`, not inside a reduction."""
     out: list[Load] = []
     seen: set[Expr] = set()
 
@@ -266,20 +262,33 @@ def row_function(
         kind = "i64" if integer else "float"
         lines += [
             f"{kind} total{i} = {combine}::identity();",
+            "#pragma unroll 8",
             f"for (int r = g.rank; r < {r.var.size}; r += G::SIZE) {{ {' '.join(emitter.lines)} "
             f"total{i} = {combine}::apply(total{i}, {value}); }}",
             f"total{i} = g.template reduce<{combine}>(total{i});",
         ]
         names[r] = f"total{i}"
-    count = 1
-    for v in elements:
-        count *= v.size
+    count = math.prod(v.size for v in elements)
     flat = split_index("e", elements)
-    emitter = make({**names, **{v: n for v, (n, _) in flat.items()}})
-    value = emitter.emit(body)
-    statement = store(emitter, value)
     decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
-    lines.append(f"for (int e = g.rank; e < {count}; e += G::SIZE) {{ {decode} {' '.join(emitter.lines)} {statement} }}")
+    inner = {**names, **{v: n for v, (n, _) in flat.items()}}
+    emitter = make(inner)
+    value = emitter.emit(body)
+    storing = make(inner)
+    statement = store(storing, "out[u]")
+    # All values before any store: a store may alias the next element's loads, which would then wait for it.
+    lines += [
+        f"constexpr int COUNT = {count}, BATCH = (COUNT + G::SIZE - 1) / G::SIZE < 8 ? (COUNT + G::SIZE - 1) / G::SIZE : 8;",
+        "for (int first = g.rank; first < COUNT; first += BATCH * G::SIZE) {",
+        f"  {'float' if body.dtype.is_float and body.dtype is not DType.F64 else ctype(body)} out[BATCH];",
+        "#pragma unroll",
+        f"  for (int u = 0; u < BATCH; ++u) {{ const int e = first + u * G::SIZE; if (e < COUNT) {{ {decode} "
+        f"{' '.join(emitter.lines)} out[u] = {value}; }} }}",
+        "#pragma unroll",
+        f"  for (int u = 0; u < BATCH; ++u) {{ const int e = first + u * G::SIZE; if (e < COUNT) {{ {decode} "
+        f"{' '.join(storing.lines)} {statement} }} }}",
+        "}",
+    ]
     return "\n    ".join(lines)
 
 

@@ -7,7 +7,7 @@
 
 namespace mpk {
 
-enum Barrier : u32 { kBarConsumers = 1, kBarReady = 2 };
+enum Barrier : u32 { kBarConsumers = 1, kBarReady = 2, kBarFetched = 3 };
 
 // A task ready to run: its descriptor with pointers instead of references. In shared memory, two of them.
 struct Ready {
@@ -26,7 +26,7 @@ struct alignas(128) SharedState {
   ResolvedRun run[32];
   Wait wait[MAX_WAITS];
   Health health;
-  u32 run_stop;
+  Profile* profile;  // records of tasks, null when off
 };
 
 // What a task body sees.
@@ -42,6 +42,19 @@ struct Context {
   MPK_DEVICE int arg(u32 i) const { return ready->task.arg[i]; }
   MPK_DEVICE char* scratch() const { return shared.scratch; }
   MPK_DEVICE void barrier() const { ptx::barrier(kBarConsumers, kConsumers); }
+  // Every body calls this once: until then only operands that this launch does not write may be read. False: the launch
+  // is being abandoned, return.
+  MPK_DEVICE bool wait() const {
+    mark(0);
+    ptx::barrier(kBarReady, kConsumers + 32);
+    if (threadIdx.x == 0) shared.ring.waiting = 0;
+    mark(1);
+    return !ready->stop;
+  }
+  // Timeline: clock of this SM at a phase of the task (0: waits, 1: runs, 2: computed, 3: signalled).
+  MPK_DEVICE void mark(u32 phase) const {
+    if (shared.profile && threadIdx.x == 0) shared.profile[ready->task.id].clock[phase] = ptx::clock();
+  }
   // The loader may lower its flight: this task needs no more slots.
   MPK_DEVICE void last_slot_consumed() const {
     if (threadIdx.x == 0) shared.ring.waiting = 1;
@@ -123,6 +136,7 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
   for (u32 i = 0; i < queue.task_count; ++i) {
     Ready& ready = s.ready[i & 1];
     fetch(launch, s, ready, queue.task + i);
+    ptx::barrier_arrive(kBarFetched, kConsumers + 32);
     if (lane == 0) {
       for (u32 w = 0; w < ready.task.wait_count; ++w) {
         const Wait wait = s.wait[w];
@@ -152,11 +166,11 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
   u32* control = reinterpret_cast<u32*>(launch.fixed.control);
   for (u32 i = 0; i < queue.task_count; ++i) {
     const Ready& ready = s.ready[i & 1];
-    ptx::barrier(kBarReady, kConsumers + 32);
-    if (ready.stop) break;
-    if (threadIdx.x == 0) s.ring.waiting = 0;
+    ptx::barrier(kBarFetched, kConsumers + 32);
     context.ready = &ready;
     P::run(ready.task.op, context);
+    if (ready.stop) break;
+    context.mark(2);
     // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
     // gpu-scope release is cumulative.
     context.barrier();
@@ -165,6 +179,7 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
       const u32 slot = k < MAX_WAITS ? ready.signal[k] : table<Signal>(launch, TABLE_SIGNALS)[ready.task.signals + k].slot;
       ptx::red_add_release(control + CONTROL_EVENTS + slot * EVENT_STRIDE, 1);
     }
+    context.mark(3);
   }
 }
 
@@ -182,6 +197,12 @@ MPK_DEVICE void megakernel(const L& launch) {
     s.health.timeout_ns = launch.fixed.timeout_ns;
     s.health.worker = blockIdx.x;
     s.health.epoch = ptx::load_relaxed(control_block + CONTROL_EPOCH);
+    s.profile = reinterpret_cast<Profile*>(launch.fixed.profile);
+    if (s.profile) {  // one record per worker comes first: what maps its clock to the device's time
+      s.profile[blockIdx.x].clock[0] = ptx::clock();
+      s.profile[blockIdx.x].clock[1] = ptx::global_timer();
+      s.profile += gridDim.x;
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -193,6 +214,11 @@ MPK_DEVICE void megakernel(const L& launch) {
   __syncthreads();
   // The last worker of this launch ends the epoch: by then every worker has read it.
   if (threadIdx.x == 0) {
+    if (s.profile) {
+      Profile& worker = (s.profile - gridDim.x)[blockIdx.x];
+      worker.clock[2] = ptx::clock();
+      worker.clock[3] = ptx::global_timer();
+    }
     const u32 epoch = s.health.epoch;
     if (ptx::atomic_add_acq_rel(control_block + CONTROL_DONE, 1) + 1 == (epoch + 1) * gridDim.x)
       ptx::store_relaxed(control_block + CONTROL_EPOCH, epoch + 1);

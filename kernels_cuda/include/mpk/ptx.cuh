@@ -64,6 +64,9 @@ MPK_DEVICE void fence_mbarrier_init() {
 // Named barrier over `threads` threads of the CTA.
 MPK_DEVICE void barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Arrive without waiting at a named barrier over `threads` threads.
+MPK_DEVICE void barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 MPK_DEVICE void red_add_release(u32* p, u32 v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -92,6 +95,11 @@ MPK_DEVICE u32 compare_swap_system(u32* p, u32 expected, u32 desired) {
 }
 MPK_DEVICE void store_release_system(u32* p, u32 v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+MPK_DEVICE u64 clock() {
+  u64 t;
+  asm volatile("mov.u64 %0, %clock64;" : "=l"(t));
+  return t;
 }
 MPK_DEVICE u64 global_timer() {
   u64 t;

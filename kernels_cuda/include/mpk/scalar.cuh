@@ -88,20 +88,30 @@ template <class T, class V> MPK_DEVICE void store1(T* p, V v) {
   else *p = static_cast<T>(v);
 }
 
-// N consecutive elements, 16-byte aligned where they fill 16 bytes.
-template <class T, int N> MPK_DEVICE void load_vector(const T* p, float (&x)[N]) {
-  if constexpr (N == 8) {
-    load8(p, x);
-  } else if constexpr (sizeof(T) * N == 16) {
-    const ptx::Vec4 a = ptx::load_global(p);
-    const u32 w[4] = {a.x, a.y, a.z, a.w};
+// N consecutive elements held in registers as they are in memory.
+template <class T, int N> struct Pack {
+  static constexpr int VECTORS = static_cast<int>(sizeof(T)) * N / 16;
+  ptx::Vec4 raw[VECTORS > 0 ? VECTORS : 1];
+  MPK_DEVICE void load(const T* p) {
+    if constexpr (VECTORS > 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = __uint_as_float(w[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = load1(p + i);
+      for (int i = 0; i < VECTORS; ++i) raw[i] = ptx::load_global(p + i * (16 / sizeof(T)));
+    } else {
+      static_assert(sizeof(T) * N == 8, "half a vector");
+      const u64 half = *reinterpret_cast<const u64*>(p);
+      raw[0] = {static_cast<u32>(half), static_cast<u32>(half >> 32), 0, 0};
+    }
   }
-}
+  MPK_DEVICE void unpack(float (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const ptx::Vec4& v = raw[i * sizeof(T) / 16];
+      const u32 words[4] = {v.x, v.y, v.z, v.w};
+      if constexpr (sizeof(T) == 4) x[i] = __uint_as_float(words[i % 4]);
+      else x[i] = widen(T{static_cast<u16>(words[i / 2 % 4] >> (i % 2 * 16))});
+    }
+  }
+};
 template <class T, int N> MPK_DEVICE void load_vector_shared(const void* p, float (&x)[N]) {
   if constexpr (N == 8) {
     load8_shared<T>(p, x);

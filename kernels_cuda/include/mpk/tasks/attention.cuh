@@ -6,7 +6,7 @@
 // LANES (16 bytes each), each with its own online softmax, merged at the end in a fixed order.
 //
 // N (generated): Cache (element type); G (query heads per KV head), D, S, APPEND, MASK (0 none, 1 bool, 2 additive),
-// SCALE; q_row(c, group, b, h, store), key_row, value_row(c, group, b, g, store) with store(d, value); position(c, b),
+// MASK_PER_HEAD, SCALE; q_row(c, group, b, h, store), key_row, value_row(c, group, b, g, store) with store(d, value); position(c, b),
 // first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements; new_key_at, new_value_at:
 // the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value).
 #pragma once
@@ -32,18 +32,11 @@ template <class N, class Ctx>
 MPK_DEVICE void attention(Ctx& c) {
   using S = AttentionShape<N>;
   constexpr int D = N::D, W = static_cast<int>(kConsumerWarps);
+  if (!c.wait()) return;
   const int b = c.arg(0), g = c.arg(1), split = c.arg(2), splits = c.arg(3);
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   float* rows = reinterpret_cast<float*>(c.scratch());
   float* merge = rows + S::ROWS * D;
-  const WarpGroup group;
-  for (int r = warp; r < S::ROWS; r += W) {
-    float* to = rows + r * D;
-    const auto store = [&](int d, float v) { to[d] = v; };
-    if (r < N::G) N::q_row(c, group, b, g * N::G + r, store);
-    else if (N::APPEND && r == N::G) N::key_row(c, group, b, g, store);
-    else if (N::APPEND) N::value_row(c, group, b, g, store);
-  }
   int position = -1;
   if constexpr (N::APPEND) {
     const i64 p = N::position(c, b);
@@ -53,6 +46,31 @@ MPK_DEVICE void attention(Ctx& c) {
   const int lo = max(0, static_cast<int>(N::first(c, b))), hi = min(N::S, static_cast<int>(N::last(c, b)));
   const int chunk = (max(0, hi - lo) + splits - 1) / splits;
   const int begin = lo + split * chunk, end = min(hi, begin + chunk);
+  const int part = lane % S::LANES, d0 = part * 8;
+  const bool live = D % (S::LANES * 8) == 0 || d0 < D;
+  constexpr int STRIDE = W * S::KEYS;  // keys the worker looks at together
+  Pack<typename N::Cache, 8> key[S::UNROLL], value[S::UNROLL];
+  bool ignored[S::UNROLL];   // of a mask that all heads share
+  float added[S::UNROLL];
+  const auto fetch = [&](int u, int s) {
+    if constexpr (N::MASK == 1 && !N::MASK_PER_HEAD) ignored[u] = s < end && !N::mask_bool(c, b, 0, s);
+    if constexpr (N::MASK == 2 && !N::MASK_PER_HEAD) added[u] = s < end ? N::mask_add(c, b, 0, s) : 0.0f;
+    if (s < end && live && s != position) {
+      key[u].load(N::key_at(c, b, g, s) + d0);
+      value[u].load(N::value_at(c, b, g, s) + d0);
+    }
+  };
+  const int s_first = begin + warp * S::KEYS + lane / S::LANES;
+#pragma unroll
+  for (int u = 0; u < S::UNROLL; ++u) fetch(u, s_first + u * STRIDE);  // old keys: on their way while the prologue runs
+  const WarpGroup group;
+  for (int r = warp; r < S::ROWS; r += W) {
+    float* to = rows + r * D;
+    const auto store = [&](int d, float v) { to[d] = v; };
+    if (r < N::G) N::q_row(c, group, b, g * N::G + r, store);
+    else if (N::APPEND && r == N::G) N::key_row(c, group, b, g, store);
+    else if (N::APPEND) N::value_row(c, group, b, g, store);
+  }
   c.barrier();
   const float* new_key = rows + N::G * D;
   const float* new_value = new_key + D;
@@ -62,8 +80,6 @@ MPK_DEVICE void attention(Ctx& c) {
       store1(N::new_value_at(c, b, g, position) + d, new_value[d]);
     }
   }
-  const int part = lane % S::LANES, d0 = part * 8;
-  const bool live = D % (S::LANES * 8) == 0 || d0 < D;
   constexpr float kLog2e = 1.4426950408889634f;
 #pragma unroll 1
   for (int h0 = 0; h0 < N::G; h0 += S::HEADS) {
@@ -78,45 +94,47 @@ MPK_DEVICE void attention(Ctx& c) {
         q[h][e] = live && h0 + h < N::G ? rows[(h0 + h) * D + d0 + e] : 0.0f;
       }
     }
-    for (int s0 = begin + warp * S::KEYS; s0 < end; s0 += W * S::KEYS * S::UNROLL) {
-      float k[S::UNROLL][8], v[S::UNROLL][8];
+    if (h0) {
+#pragma unroll
+      for (int u = 0; u < S::UNROLL; ++u) fetch(u, s_first + u * STRIDE);
+    }
+    for (int s0 = s_first; s0 - lane / S::LANES < end; s0 += STRIDE * S::UNROLL) {
 #pragma unroll
       for (int u = 0; u < S::UNROLL; ++u) {
-        const int s = s0 + u * W * S::KEYS + lane / S::LANES;
+        const int s = s0 + u * STRIDE;
+        float k[8], v[8];
         if (s < end && live && s != position) {
-          load8(N::key_at(c, b, g, s) + d0, k[u]);
-          load8(N::value_at(c, b, g, s) + d0, v[u]);
+          key[u].unpack(k);
+          value[u].unpack(v);
         } else {
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
-            k[u][e] = s == position && live ? new_key[d0 + e] : 0.0f;
-            v[u][e] = s == position && live ? new_value[d0 + e] : 0.0f;
+            k[e] = s == position && live ? new_key[d0 + e] : 0.0f;
+            v[e] = s == position && live ? new_value[d0 + e] : 0.0f;
           }
         }
-      }
-#pragma unroll
-      for (int u = 0; u < S::UNROLL; ++u) {
-        const int s = s0 + u * W * S::KEYS + lane / S::LANES;
-        if (s0 + u * W * S::KEYS >= end) break;
+        const bool ignore = N::MASK == 1 && !N::MASK_PER_HEAD ? ignored[u] : false;
+        const float add = N::MASK == 2 && !N::MASK_PER_HEAD ? added[u] : 0.0f;
+        fetch(u, s + STRIDE * S::UNROLL);
+        if (s - lane / S::LANES >= end) continue;
 #pragma unroll
         for (int h = 0; h < S::HEADS; ++h) {
           float score = 0.0f;
 #pragma unroll
-          for (int e = 0; e < 8; ++e) score = fmaf(q[h][e], k[u][e], score);
+          for (int e = 0; e < 8; ++e) score = fmaf(q[h][e], k[e], score);
 #pragma unroll
           for (int bit = S::LANES / 2; bit; bit >>= 1) score += __shfl_xor_sync(~0u, score, bit);
           score *= N::SCALE;
-          bool dead = s >= end;
-          if constexpr (N::MASK == 1) dead = dead || !N::mask_bool(c, b, g * N::G + min(h0 + h, N::G - 1), min(s, N::S - 1));
-          if constexpr (N::MASK == 2) {
-            if (!dead) score += N::mask_add(c, b, g * N::G + min(h0 + h, N::G - 1), s);
-          }
+          bool dead = s >= end || ignore;
+          const int head = g * N::G + min(h0 + h, N::G - 1);
+          if constexpr (N::MASK == 1 && N::MASK_PER_HEAD) dead = dead || !N::mask_bool(c, b, head, s);
+          if constexpr (N::MASK == 2) score += N::MASK_PER_HEAD && !dead ? N::mask_add(c, b, head, s) : add;
           if (!dead && score != -infinity()) {
             const float top = fmaxf(m[h], score);
             const float keep = ptx::exp2_approx((m[h] - top) * kLog2e), p = ptx::exp2_approx((score - top) * kLog2e);
             l[h] = l[h] * keep + p;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) o[h][e] = fmaf(p, v[u][e], o[h][e] * keep);
+            for (int e = 0; e < 8; ++e) o[h][e] = fmaf(p, v[e], o[h][e] * keep);
             m[h] = top;
           }
         }
@@ -184,6 +202,7 @@ MPK_DEVICE void attention(Ctx& c) {
 // attention_combine: arg = {b, h_start, h_stop, splits, partial, stats}.
 template <class N, class Ctx>
 MPK_DEVICE void attention_combine(Ctx& c) {
+  if (!c.wait()) return;
   const int b = c.arg(0), h0 = c.arg(1), h1 = c.arg(2), splits = c.arg(3);
   const float* partial = c.template pointer<float>(c.arg(4));
   const float* stats = c.template pointer<float>(c.arg(5));

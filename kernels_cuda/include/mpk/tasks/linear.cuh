@@ -6,9 +6,11 @@
 // Sums of 8 rows are reduced over the lanes together (8 rows cost 9 shuffles instead of 40), then over the warps in
 // shared memory by the thread that owns the row. One owner and a fixed order: bit-identical from run to run.
 //
-// N (generated): Element; T, K, JOINT, COPY_BYTES, REDUCTIONS; x(c, t, k, red, out[VECTOR]): the prologue's values at
-// VECTOR consecutive k, given its reductions over k in red; reduction i: term<i>(c, t, k, red, out[VECTOR]) and
-// Combine<i>; unpack(bytes, out[VECTOR]); joint(part): weights of a part; epilogue(c, part, t, n, acc[JOINT]).
+// N (generated): Element; T, K, JOINT, COPY_BYTES; the prologue along k, VECTOR columns at a time: Held, what it reads
+// (load<true>: operands that nothing writes, before the events have come; load<false>: the rest), REDUCTIONS over k,
+// each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out); unpack(bytes, out);
+// joint(part): weights of a part; hold(c, part, t, n, held): what the epilogue reads, before the weights stream by;
+// epilogue(c, part, t, n, acc[JOINT], held).
 #pragma once
 #include "mpk/group.cuh"
 
@@ -30,7 +32,8 @@ struct LinearShape {
   static constexpr int SUMS = SLOTS * GROUP_ROWS;
   static constexpr int BATCH_ROWS = SLOTS * SLOT_ROWS;
   static constexpr int BUDGET = 8192 / (N::JOINT * N::T * WARPS * 4);  // rows whose partial sums fit in 8 KiB
-  static constexpr int BLOCK_ROWS = BUDGET < BATCH_ROWS ? BATCH_ROWS : BUDGET / BATCH_ROWS * BATCH_ROWS;
+  static constexpr int LIMIT = BUDGET < static_cast<int>(kConsumers) || N::T > 1 ? BUDGET : static_cast<int>(kConsumers);
+  static constexpr int BLOCK_ROWS = LIMIT < BATCH_ROWS ? BATCH_ROWS : LIMIT / BATCH_ROWS * BATCH_ROWS;
   static constexpr int PARTIAL_BYTES = BLOCK_ROWS * N::JOINT * N::T * WARPS * 4;
   static constexpr int SCRATCH = 128 + 2 * PARTIAL_BYTES;  // two blocks, so that one barrier per block suffices
   static_assert(PIECES > 1 ? PIECES * N::COPY_BYTES == ROW_BYTES : SLOT_ROWS * ROW_BYTES == N::COPY_BYTES, "copies");
@@ -67,8 +70,8 @@ struct LaneSums {
   }
 };
 
-template <class N, int I, class Ctx, class Group>
-MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, float* red) {
+template <class N, int I, class Ctx, class Group, class Held>
+MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, const Held& held, float* red) {
   if constexpr (I < N::REDUCTIONS) {
     using S = LinearShape<N>;
     using Combine = typename N::template Combine<I>;
@@ -78,13 +81,13 @@ MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, float* red) {
       const int v = p / S::PER_THREAD * S::VECTORS + p % S::PER_THREAD * S::LANES + g.rank;
       if (p % S::PER_THREAD * S::LANES + g.rank < S::VECTORS) {
         float x[S::VECTOR];
-        N::template term<I>(c, t, v * S::VECTOR, red, x);
+        N::template term<I>(c, t, v * S::VECTOR, held[p], red, x);
 #pragma unroll
         for (int i = 0; i < S::VECTOR; ++i) total = Combine::apply(total, x[i]);
       }
     }
     red[I] = g.template reduce<Combine>(total);
-    prologue_reductions<N, I + 1>(c, g, t, red);
+    prologue_reductions<N, I + 1>(c, g, t, held, red);
   }
 }
 
@@ -99,17 +102,26 @@ MPK_DEVICE void linear(Ctx& c) {
   int turn = 0;
 
   constexpr int OWN = S::PIECES * S::PER_THREAD;
-  float x[OWN][S::VECTOR];
-  auto stage = [&](int t) {  // this thread's slice of token t
-    float red[N::REDUCTIONS + 1];
-    prologue_reductions<N, 0>(c, g, t, red);
+  float x[OWN][S::VECTOR];  // this thread's slice of the one token
+  if constexpr (N::T == 1) {
+    typename N::Held held[OWN];
+    const auto own = [&](int p) { return p % S::PER_THREAD * S::LANES + g.rank < S::VECTORS; };
+    const auto column = [&](int p) { return (p / S::PER_THREAD * S::VECTORS + p % S::PER_THREAD * S::LANES + g.rank) * S::VECTOR; };
 #pragma unroll
-    for (int p = 0; p < OWN; ++p) {
-      const int v = p % S::PER_THREAD * S::LANES + g.rank;
-      if (v < S::VECTORS) N::x(c, t, (p / S::PER_THREAD * S::VECTORS + v) * S::VECTOR, red, x[p]);
-    }
-  };
-  if constexpr (N::T == 1) stage(0);
+    for (int p = 0; p < OWN; ++p)
+      if (own(p)) N::template load<true>(c, 0, column(p), held[p]);
+    if (!c.wait()) return;
+#pragma unroll
+    for (int p = 0; p < OWN; ++p)
+      if (own(p)) N::template load<false>(c, 0, column(p), held[p]);
+    float red[N::REDUCTIONS + 1];
+    prologue_reductions<N, 0>(c, g, 0, held, red);
+#pragma unroll
+    for (int p = 0; p < OWN; ++p)
+      if (own(p)) N::x(c, 0, column(p), held[p], red, x[p]);
+  } else {
+    if (!c.wait()) return;
+  }
 
   const int segments = c.arg(7);
   for (int s = 0; s < segments; ++s) {
@@ -118,6 +130,8 @@ MPK_DEVICE void linear(Ctx& c) {
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS, turn ^= 1) {
       const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
       float* sums = partial[turn];
+      float kept[N::HOLD];
+      if (N::T == 1 && static_cast<int>(threadIdx.x) < rows) N::hold(c, seg.part, 0, seg.row + block + threadIdx.x, kept);
       for (int first = 0; first < rows; first += S::BATCH_ROWS) {
         if constexpr (N::T == 1) {
           float acc[N::JOINT][S::SUMS];
@@ -187,7 +201,11 @@ MPK_DEVICE void linear(Ctx& c) {
                     const int v = p * S::LANES + g.rank;
                     if (v < S::VECTORS) {
                       float xs[S::VECTOR];
-                      N::x(c, t, (piece * S::VECTORS + v) * S::VECTOR, nullptr, xs);
+                      const int k = (piece * S::VECTORS + v) * S::VECTOR;
+                      typename N::Held held;
+                      N::template load<true>(c, t, k, held);
+                      N::template load<false>(c, t, k, held);
+                      N::x(c, t, k, held, nullptr, xs);
 #pragma unroll
                       for (int r = 0; r < S::GROUP_ROWS; ++r) {
                         const int row = group + r * S::GROUPS;
@@ -227,7 +245,8 @@ MPK_DEVICE void linear(Ctx& c) {
 #pragma unroll
             for (int w = 0; w < S::WARPS; ++w) y[j] += q[w];
         }
-        N::epilogue(c, seg.part, t, seg.row + block + row, y);
+        if (N::T > 1) N::hold(c, seg.part, t, seg.row + block + row, kept);
+        N::epilogue(c, seg.part, t, seg.row + block + row, y, kept);
       }
     }
   }

@@ -39,6 +39,7 @@ MPK_DEVICE void linear_mma(Ctx& c) {
   constexpr bool HALF = N::HALF;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, q = lane % 4;
   float* scratch = reinterpret_cast<float*>(c.scratch());
+  if (!c.wait()) return;
   const int segments = c.arg(7);
   for (int s = 0; s < segments; ++s) {
     const Segment seg = c.ready->segment[s];
@@ -64,7 +65,12 @@ MPK_DEVICE void linear_mma(Ctx& c) {
           for (int h = 0; h < S::TOKENS / 8; ++h) {
             float x[8];
             const bool live = k < columns && g + h * 8 < N::T;
-            if (live) N::x(c, g + h * 8, chunk * S::CHUNK + k, nullptr, x);
+            if (live) {
+              typename N::Held held;
+              N::template load<true>(c, g + h * 8, chunk * S::CHUNK + k, held);
+              N::template load<false>(c, g + h * 8, chunk * S::CHUNK + k, held);
+              N::x(c, g + h * 8, chunk * S::CHUNK + k, held, nullptr, x);
+            }
 #pragma unroll
             for (int e = 0; e < 4; ++e) a[i][h][e] = live ? pack2<E>(x[2 * e], x[2 * e + 1]) : 0;
           }
@@ -121,7 +127,9 @@ MPK_DEVICE void linear_mma(Ctx& c) {
 #pragma unroll
               for (int w = 0; w < static_cast<int>(kConsumerWarps); ++w) y[j] += from[w * S::ENTRY];
             }
-            N::epilogue(c, seg.part, t, seg.row + block + row, y);
+            float kept[N::HOLD];
+            N::hold(c, seg.part, t, seg.row + block + row, kept);
+            N::epilogue(c, seg.part, t, seg.row + block + row, y, kept);
           }
         }
       }

@@ -8,6 +8,7 @@ namespace mpk {
 
 template <class N, class Ctx>
 MPK_DEVICE void row_map(Ctx& c) {
+  if (!c.wait()) return;
   const int start = c.arg(0), stop = c.arg(1);
   if constexpr (N::ROW_THREADS == 0) {
     for (int e = start + static_cast<int>(threadIdx.x); e < stop; e += kConsumers) N::element(c, e);
