@@ -47,8 +47,8 @@ def group_size(node: Attention) -> int:
 
 
 def key_range(first: int, last: int, keys: int, split: int, splits: int) -> tuple[int, int]:
-    """Half-open range of keys of one split, given the inclusive live range of a cache of `keys` rows."""
-    low, high = max(0, first), min(keys, last + 1)
+    """Half-open range of keys of one split, given the half-open live range [first, last) of a cache of `keys` rows."""
+    low, high = min(max(0, first), keys), min(max(0, last), keys)
     chunk = -(-max(0, high - low) // splits)
     start = low + split * chunk
     return start, max(start, min(high, start + chunk))
@@ -181,7 +181,7 @@ class AttentionOperator:
             device = memory[node.out].device
             bound = iter(int(v) for v in limits(memory, (), device))
             first = next(bound) if node.first is not None else 0
-            last = next(bound) if node.last is not None else keys - 1
+            last = next(bound) if node.last is not None else keys
             start, stop = key_range(first, last, keys, split, splits)
             q = query(memory, (), device)[0].expand(1, group_size(node), node.d.size)[0].float()
             # a copy even when the cache is f32: the appended row is put into it
@@ -261,7 +261,7 @@ class AttentionOperator:
             mask = evaluate(node.mask, {**over_b, **over_h, **over_s}, memory).expand(score.shape)
             score = score.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else score + mask.float()
         s = torch.arange(keys, device=score.device)
-        for limit, dead in ((node.first, s.lt), (node.last, s.gt)):
+        for limit, dead in ((node.first, s.lt), (node.last, s.ge)):
             if limit is not None:
                 edge = evaluate(limit, over_b, memory).expand(batch)
                 score = score.masked_fill(torch.stack([dead(int(e)) for e in edge])[:, None], -torch.inf)
