@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import UnionType
 
 from ...ir import expr as E
 from ...ir.expr import Expr, Var
@@ -10,7 +12,7 @@ from ...ir.graph import Attention, Graph, Linear, Node, RowMap
 from .flow import Flow
 from .inline import inlined
 from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_gathering, is_slow, weight, work
-from .rewrite import plain_load
+from .rewrite import data_independent, plain_load
 
 
 def inline_prologues(graph: Graph) -> Graph:
@@ -24,7 +26,7 @@ def inline_prologues(graph: Graph) -> Graph:
     return flow.graph("inline_prologues")
 
 
-def inline_single_readers(flow: Flow, kind: object) -> None:
+def inline_single_readers(flow: Flow, kind: type | UnionType) -> None:
     """Inline RowMaps with one reader, of type `kind`. Readers first: a chain that forks and joins again inside one
     reader has one reader by the time its start is looked at."""
     known: dict[int, int] = {}
@@ -39,7 +41,7 @@ def inline_single_readers(flow: Flow, kind: object) -> None:
         if not isinstance(node, RowMap) or not flow.is_internal(node.out):
             continue
         readers = flow.readers(node.out)
-        if len(readers) != 1 or not isinstance(flow[readers[0]], kind):  # type: ignore[arg-type]
+        if len(readers) != 1 or not isinstance(flow[readers[0]], kind):
             continue
         new = _fused(node, readers[0], flow)
         if new is None:
@@ -87,40 +89,37 @@ def _fused(node: RowMap, reader: int, flow: Flow) -> Node | None:
 
 def fits(new: Node, old: Node) -> bool:
     """Whether the expressions that are new in `new` can be computed where they stand."""
-    if isinstance(new, RowMap) and isinstance(old, RowMap):
-        return _changed((new.body,), (old.body,), _separate) and _changed(new.store, old.store, _pointwise)
-    if isinstance(new, Linear) and isinstance(old, Linear):
-        if new.x is not old.x and not _fits_depth(new):
-            return False
-        pairs = list(zip(new.parts, old.parts, strict=True))
-        return all(_changed((p.epilogue, *p.store), (q.epilogue, *q.store), _pointwise) for p, q in pairs)
-    assert isinstance(new, Attention) and isinstance(old, Attention)
-    rows = frozenset((new.b, new.h, new.g))
-    if (new.key_index, new.value_index, new.store) != (old.key_index, old.value_index, old.store):
-        return False
-    appended = [(), ()]
-    if new.append and old.append:
-        appended = [(a.key, a.value) for a in (new.append, old.append)]
-        if not _changed((new.append.position,), (old.append.position,), _pointwise):
-            return False
-    masks = [tuple(e for e in (n.mask, n.first, n.last) if e is not None) for n in (new, old)]
-    return _changed((new.q, *appended[0]), (old.q, *appended[1]), lambda x: _separate(x, rows)) and _changed(
-        masks[0], masks[1], _pointwise
-    )
+    pairs = zip(_places(new), _places(old), strict=True)
+    return all(x is y or (x is not None and can_hold(x)) for (x, can_hold), (y, _) in pairs)
 
 
-def _fits_depth(node: Linear) -> bool:
+def _places(node: Node) -> list[tuple[Expr | None, Callable[[Expr], bool]]]:
+    """The expressions of a node, each with what may be computed there."""
+    if isinstance(node, RowMap):
+        return [(node.body, _separate), *((e, _pointwise) for e in node.store)]
+    if isinstance(node, Linear):
+        outputs = [(e, _pointwise) for p in node.parts for e in (p.epilogue, *p.store)]
+        return [(node.x, lambda x: _fits_depth(x, node)), *outputs]
+    rows = frozenset((node.b, node.h, node.g))
+    per_row: list[Expr | None] = [node.q]
+    scalars = [node.mask, node.first, node.last]
+    if node.append is not None:
+        per_row += [node.append.key, node.append.value]
+        scalars.append(node.append.position)
+    return [
+        *((e, lambda x: _separate(x, rows)) for e in per_row),
+        *((e, _pointwise) for e in scalars),
+        *((e, data_independent) for e in (*node.key_index, *node.value_index, *node.store)),
+    ]
+
+
+def _fits_depth(x: Expr, node: Linear) -> bool:
     """With one token, x may reduce over the whole depth. With several, tiles of x are read again and again by tensor
     cores, so x has to be stored."""
     if node.t.size > 1:
-        return plain_load(node.x)
-    reductions = E.reductions(node.x)
-    over_depth = all(r.var.size == node.k.size and r.free <= {node.t} for r in reductions)
-    return over_depth and _separate(node.x) and weight(node.x) <= PROLOGUE_WEIGHT
-
-
-def _changed(new: tuple[Expr, ...], old: tuple[Expr, ...], check: object) -> bool:
-    return all(check(a) for a, b in zip(new, old, strict=True) if a is not b)  # type: ignore[operator]
+        return plain_load(x)
+    over_depth = all(r.var.size == node.k.size and r.free <= {node.t} for r in E.reductions(x))
+    return over_depth and _separate(x) and weight(x) <= PROLOGUE_WEIGHT
 
 
 def _separate(x: Expr, rows: frozenset[Var] | None = None) -> bool:
@@ -129,11 +128,15 @@ def _separate(x: Expr, rows: frozenset[Var] | None = None) -> bool:
     bound = {r.var for r in reductions}
     if any(r.free & bound or (rows is not None and not r.free <= rows) for r in reductions):
         return False
-    return sum(1 for _ in E.walk(x)) <= NESTED_LIMIT
+    return _is_small(x)
 
 
 def _pointwise(x: Expr) -> bool:
-    return not E.reductions(x) and sum(1 for _ in E.walk(x)) <= NESTED_LIMIT
+    return not E.reductions(x) and _is_small(x)
+
+
+def _is_small(x: Expr) -> bool:
+    return sum(1 for _ in E.walk(x)) <= NESTED_LIMIT
 
 
 def work_of(node: Node) -> int:

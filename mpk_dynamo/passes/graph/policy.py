@@ -91,10 +91,11 @@ def is_gathering(x: Expr) -> bool:
 
 
 def work(x: Expr, dims: tuple[Var, ...]) -> int:
-    """Operations to compute x for all `dims`, the way device code does: elements one by one, and each reduction once
-    per row, where a row is the shortest prefix of `dims` that it depends on."""
+    """Operations to compute x for all `dims`, the way device code does: elements one by one, and reductions once per
+    row, where a row is the shortest prefix of `dims` that all of them depend on."""
     sizes = [v.size for v in dims]
-    position = {v: k for k, v in enumerate(dims)}
+    position = {v: k + 1 for k, v in enumerate(dims)}
+    rows = math.prod(sizes[: max((position.get(v, 0) for r in reductions(x) for v in r.free), default=0)])
     done: dict[Expr, int] = {}
     total = 0
     stack = [(x, math.prod(sizes))]
@@ -105,9 +106,6 @@ def work(x: Expr, dims: tuple[Var, ...]) -> int:
         total += _weight(e) * (times - done.get(e, 0))
         done[e] = times
         if isinstance(e, Reduce):
-            free = e.free
-            if free <= position.keys():
-                times = math.prod(sizes[: max((position[v] + 1 for v in free), default=0)])
-            times *= e.var.size
+            times = (rows if e.free <= position.keys() else times) * e.var.size
         stack.extend((c, times) for c in e.children)
     return total
