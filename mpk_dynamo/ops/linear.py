@@ -2,7 +2,8 @@
 
 Task kind `linear`, tile = (part, row, rows, part, row, rows, ...): segments, each a range of rows of a part, that
 follow one another in the concatenation of the parts. Tasks move the same weight bytes up to one row (eight rows
-when there are several tokens, the tensor-core tile), since a decode step is bound by them.
+when there are several tokens, the tensor-core tile; two when parts have different numbers of joint weights), since a
+decode step is bound by them.
 """
 
 from __future__ import annotations
