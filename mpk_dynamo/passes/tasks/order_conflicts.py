@@ -25,7 +25,7 @@ class _Storage:
     __slots__ = ("extents", "table", "tasks", "live", "state", "found")
 
     def __init__(self) -> None:
-        self.extents: dict[Extent, int] = {}
+        self.extents: dict[Extent, tuple[_Storage, int]] = {}  # to what an access of that extent resolves to
 
     def prepare(self, tables: dict[tuple[Extent, ...], Overlaps]) -> None:
         keys = tuple(self.extents)
@@ -151,7 +151,7 @@ def order_conflicts(tg: TaskGraph) -> TaskGraph:
     return replace(tg, events=events)
 
 
-_Resolved = list[tuple[_Storage, int]]
+_Resolved = tuple[tuple[_Storage, int], ...]
 
 
 def _resolve(tg: TaskGraph) -> list[tuple[_Resolved, _Resolved]]:
@@ -169,8 +169,11 @@ def _resolve(tg: TaskGraph) -> list[tuple[_Resolved, _Resolved]]:
             if storage is not None:
                 split = access.side is not None and access.partition
                 extent: Extent = (access.box, access.partition, access.side) if split else (access.box, "", None)
-                out.append((storage, storage.extents.setdefault(extent, len(storage.extents))))
-        return out
+                known = storage.extents.get(extent)
+                if known is None:
+                    known = storage.extents[extent] = (storage, len(storage.extents))
+                out.append(known)
+        return tuple(out)
 
     resolved = [(resolve(task.reads), resolve(task.writes)) for task in tg.tasks]
     tables: dict[tuple[Extent, ...], Overlaps] = {}
