@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 
 from ..errors import Unsupported
-from ..ir.expr import Acc, Const, Expr, Load, Op, Reduce, Var, bounds, from_terms, index, linear_terms, loads, op, walk
+from ..ir.expr import (
+    Acc, Const, Expr, Load, Op, Reduce, Var, bounds, from_terms, index, linear_terms, loads, op, substitute, walk,
+)  # fmt: skip
 from ..ir.types import Buffer, DType
 
 MEMORY_TYPE = {
@@ -251,45 +253,101 @@ def row_function(
     returns the statement that stores the value, after emitting what it needs.
     """
     names: dict[Expr, str] = {v: n for n, v in parameters}
-    lines: list[str] = []
-    for i, r in enumerate(x for x in walk(body) if isinstance(x, Reduce)):
-        if not r.free <= {v for _, v in parameters}:
-            raise Unsupported(f"a reduction inside another depends on its variable: {r!r}"[:300])
-        emitter = make({**names, r.var: "r"})
-        value = emitter.emit(r.body)
-        integer = not (r.dtype.is_float)
-        combine = REDUCERS[r.name] + ("Int" if integer else "")
-        kind = "i64" if integer else "float"
-        lines += [
-            f"{kind} total{i} = {combine}::identity();",
-            "#pragma unroll 8",
-            f"for (int r = g.rank; r < {r.var.size}; r += G::SIZE) {{ {' '.join(emitter.lines)} "
-            f"total{i} = {combine}::apply(total{i}, {value}); }}",
-            f"total{i} = g.template reduce<{combine}>(total{i});",
-        ]
-        names[r] = f"total{i}"
     count = math.prod(v.size for v in elements)
     flat = split_index("e", elements)
     decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
-    inner = {**names, **{v: n for v, (n, _) in flat.items()}}
-    emitter = make(inner)
+    inner: dict[Expr, str] = {v: n for v, (n, _) in flat.items()}
+    each = f"for (int u = 0; u < BATCH; ++u) {{ const int e = first + u * G::SIZE; if (e < COUNT) {{ {decode}"
+    lines = [f"constexpr int COUNT = {count}, BATCH = (COUNT + G::SIZE - 1) / G::SIZE < 8 ? (COUNT + G::SIZE - 1) / G::SIZE : 8;"]
+    # One element of a thread after the other would wait for memory each time. A row that fits in registers is loaded
+    # first, by its reductions and its elements alike; otherwise values are at least computed before any is stored,
+    # since a store may alias the next element's loads.
+    along = elements[0] if len(elements) == 1 and count <= 8 * 32 else None
+    if along is not None:
+        reduced = [
+            (r, substitute(r.body, {r.var: along}))
+            for r in walk(body)
+            if isinstance(r, Reduce) and r.var.size == count and not any(isinstance(x, Reduce) for x in walk(r.body))
+        ]
+        lines.append("const int first = g.rank;")
+        emitter = make({**names, **inner})
+        early: dict[Expr, str] = {}
+        for root in [*(b for _, b in reduced), body]:
+            for ld, conditions in guarded_loads(root):
+                if ld in early or not ld.dtype.is_float or ld.dtype is DType.F64:
+                    continue
+                guard = " && ".join(emitter.emit(x) for x in conditions) or "true"
+                early[ld] = f"early{len(early)}[u]"
+                emitter.lines.append(f"if ({guard}) {early[ld]} = load1({emitter.address(ld)});")
+        if early:
+            lines.append(" ".join(f"float early{i}[BATCH];" for i in range(len(early))))
+            lines += ["#pragma unroll", f"{each} {' '.join(emitter.lines)} }} }}"]
+            inner |= early
+    else:
+        reduced = []
+    for i, r in enumerate(x for x in walk(body) if isinstance(x, Reduce)):
+        if not r.free <= {v for _, v in parameters}:
+            raise Unsupported(f"a reduction inside another depends on its variable: {r!r}"[:300])
+        integer = not r.dtype.is_float
+        combine = REDUCERS[r.name] + ("Int" if integer else "")
+        lines.append(f"{'i64' if integer else 'float'} total{i} = {combine}::identity();")
+        here = dict(reduced).get(r)
+        if here is not None:
+            emitter = make({**names, **inner})
+            value = emitter.emit(here)
+            step = f"total{i} = {combine}::apply(total{i}, {value});"
+            lines += ["#pragma unroll", f"{each} {' '.join(emitter.lines)} {step} }} }}"]
+        else:
+            emitter = make({**names, r.var: "r"})
+            value = emitter.emit(r.body)
+            step = f"total{i} = {combine}::apply(total{i}, {value});"
+            loop = f"for (int r = g.rank; r < {r.var.size}; r += G::SIZE)"
+            lines += ["#pragma unroll 8", f"{loop} {{ {' '.join(emitter.lines)} {step} }}"]
+        lines.append(f"total{i} = g.template reduce<{combine}>(total{i});")
+        names[r] = f"total{i}"
+    emitter = make({**names, **inner})
     value = emitter.emit(body)
-    storing = make(inner)
+    storing = make({**names, **inner})
     statement = store(storing, "out[u]")
-    # All values before any store: a store may alias the next element's loads, which would then wait for it.
-    lines += [
-        f"constexpr int COUNT = {count}, BATCH = (COUNT + G::SIZE - 1) / G::SIZE < 8 ? (COUNT + G::SIZE - 1) / G::SIZE : 8;",
-        "for (int first = g.rank; first < COUNT; first += BATCH * G::SIZE) {",
-        f"  {'float' if body.dtype.is_float and body.dtype is not DType.F64 else ctype(body)} out[BATCH];",
+    kind = "float" if body.dtype.is_float and body.dtype is not DType.F64 else ctype(body)
+    passes = [
+        f"{kind} out[BATCH];",
         "#pragma unroll",
-        f"  for (int u = 0; u < BATCH; ++u) {{ const int e = first + u * G::SIZE; if (e < COUNT) {{ {decode} "
-        f"{' '.join(emitter.lines)} out[u] = {value}; }} }}",
+        f"{each} {' '.join(emitter.lines)} out[u] = {value}; }} }}",
         "#pragma unroll",
-        f"  for (int u = 0; u < BATCH; ++u) {{ const int e = first + u * G::SIZE; if (e < COUNT) {{ {decode} "
-        f"{' '.join(storing.lines)} {statement} }} }}",
-        "}",
+        f"{each} {' '.join(storing.lines)} {statement} }} }}",
     ]
+    if along is not None:
+        lines += passes
+    else:
+        lines += ["for (int first = g.rank; first < COUNT; first += BATCH * G::SIZE) {", *passes, "}"]
     return "\n    ".join(lines)
+
+
+def guarded_loads(e: Expr) -> list[tuple[Load, tuple[Expr, ...]]]:
+    """Loads outside reductions, each with the conditions under which it is evaluated. Left out: loads under a
+    condition that itself loads."""
+    out: list[tuple[Load, tuple[Expr, ...]]] = []
+    seen: set[tuple[Expr, tuple[Expr, ...]]] = set()
+
+    def visit(x: Expr, path: tuple[Expr, ...]) -> None:
+        if (x, path) in seen or isinstance(x, Reduce):
+            return
+        seen.add((x, path))
+        if isinstance(x, Load):
+            out.append((x, path))
+        if isinstance(x, Op) and x.name == "where":
+            condition, then, otherwise = x.children
+            visit(condition, path)
+            if not loads(condition):
+                visit(then, (*path, condition))
+                visit(otherwise, (*path, op("not", condition)))
+        else:
+            for child in x.children:
+                visit(child, path)
+
+    visit(e, ())
+    return sorted(out, key=lambda found: len(found[1]))
 
 
 def split_index(flat: str, variables: tuple[Var, ...]) -> dict[Var, tuple[str, str]]:

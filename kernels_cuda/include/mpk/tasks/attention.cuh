@@ -207,18 +207,32 @@ MPK_DEVICE void attention_combine(Ctx& c) {
   const float* partial = c.template pointer<float>(c.arg(4));
   const float* stats = c.template pointer<float>(c.arg(5));
   constexpr float kLog2e = 1.4426950408889634f;
+  constexpr int BATCH = 16;
   for (int i = threadIdx.x; i < (h1 - h0) * N::D; i += kConsumers) {
     const int h = h0 + i / N::D, d = i % N::D, at = (b * N::H + h) * splits;
-    float top = -infinity();
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s) top = fmaxf(top, stats[(at + s) * 2]);
-    float sum = 0.0f, out = 0.0f;
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s) {
-      const float l = stats[(at + s) * 2 + 1];
-      const float scale = l != 0.0f ? ptx::exp2_approx((stats[(at + s) * 2] - top) * kLog2e) : 0.0f;
-      sum += l * scale;
-      out += scale * partial[(at + s) * N::D + d];
+    float top = -infinity(), sum = 0.0f, out = 0.0f;
+    for (int s0 = 0; s0 < splits; s0 += BATCH) {  // all loads of a batch are under way together
+      float m[BATCH], l[BATCH], p[BATCH];
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+        const int s = at + min(s0 + u, splits - 1);
+        m[u] = stats[s * 2];
+        l[u] = s0 + u < splits ? stats[s * 2 + 1] : 0.0f;
+        p[u] = partial[s * N::D + d];
+      }
+      float next = top;
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) next = l[u] != 0.0f ? fmaxf(next, m[u]) : next;
+      const float keep = sum != 0.0f ? ptx::exp2_approx((top - next) * kLog2e) : 0.0f;
+      sum *= keep;
+      out *= keep;
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+        const float scale = l[u] != 0.0f ? ptx::exp2_approx((m[u] - next) * kLog2e) : 0.0f;
+        sum += l[u] * scale;
+        out += scale != 0.0f ? scale * p[u] : 0.0f;
+      }
+      top = next;
     }
     N::store(c, b, h, d, sum != 0.0f ? out / sum : 0.0f);
   }
