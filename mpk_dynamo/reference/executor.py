@@ -164,7 +164,6 @@ class Executor:
         self._arena: torch.Tensor | None = None
         self._scratch: dict[str, torch.Tensor] = {}
         self._bound: dict[str, torch.Tensor] = {}
-        self._bound_views: dict[str, torch.Tensor] = {}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one step. `tensors`: the caller's tensor of each PARAM, INPUT and STATE storage; STATE is updated in
@@ -187,14 +186,11 @@ class Executor:
             self._scratch = scratch_in_arena(self._buffers, self._arena, self.schedule.arena)
         if self.poison:
             self._arena.fill_(0xFF)  # NaN in every floating type
-        stale = {
-            n: b for n, b in self._params.items() if self._bound.get(b.storage) is not tensors.get(b.storage)
-        } or {n: b for n, b in self._params.items() if n not in self._bound_views}
-        if stale:
-            self._bound_views.update(bind_callers(stale, tensors))
-            self._bound.update({b.storage: tensors[b.storage] for b in stale.values()})
+        # a parameter that was bound as it is stays right even when its data is replaced
+        stale = {n: b for n, b in self._params.items() if self._bound.get(n) is not tensors.get(b.storage)}
+        self._bound.update(bind_callers(stale, tensors))
         outputs = fresh_outputs(self._outputs, device, self.poison)
-        return {**self._bound_views, **self._scratch, **bind_callers(self._rest, tensors), **outputs}
+        return {**self._bound, **self._scratch, **bind_callers(self._rest, tensors), **outputs}
 
     def _prepare(self, task_id: int) -> Callable[[Memory], None]:
         tg = self.schedule.tasks
