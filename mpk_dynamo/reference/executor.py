@@ -187,7 +187,7 @@ class Executor:
         if self.poison:
             self._arena.fill_(0xFF)  # NaN in every floating type
         # a parameter that was bound as it is stays right even when its data is replaced
-        stale = {n: b for n, b in self._params.items() if self._bound.get(n) is not tensors.get(b.storage)}
+        stale = {n: b for n, b in self._params.items() if self._bound.get(n, self) is not tensors.get(b.storage)}
         self._bound.update(bind_callers(stale, tensors))
         outputs = fresh_outputs(self._outputs, device, self.poison)
         return {**self._bound, **self._scratch, **bind_callers(self._rest, tensors), **outputs}

@@ -208,6 +208,8 @@ def test_tensors_of_another_layout_are_refused():
             run({**good, name: wrong})
     with pytest.raises(MpkError, match="no tensor for ids"):
         run({k: v for k, v in good.items() if k != "ids"})
+    with pytest.raises(MpkError, match="no tensor for head"):
+        run({k: v for k, v in good.items() if k != "head"})
 
 
 def test_a_replaced_parameter_is_used():
