@@ -25,6 +25,7 @@ def check_loader(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray
     s = p.schedule
     start, length = slices(tables["queues"], "run", "run_count", tables["runs"], "runs of worker")
     check_copies(p, tables)
+    bound = {name: i for i, name in enumerate(p.bindings)}
     for w, queue in enumerate(s.queues):
         run, end = int(start[w]), int(start[w] + length[w])
         for t in (s.tasks.tasks[i] for i in queue):
@@ -33,7 +34,7 @@ def check_loader(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray
                 continue
             segments = _segments(p, t, node, tables, place)
             for part, row, rows in segments:
-                run = _follow(p, t, node, part, row, rows, tables["runs"], run, end)
+                run = _follow(p, bound, t, node, (part, row, rows), tables["runs"], run, end)
         if run != end:
             raise VerificationError("P1", f"worker {w} has {end - run} runs beyond those its tasks read")
 
@@ -73,17 +74,25 @@ def _joined(rows: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
 
 
 def _follow(
-    p: Program, t: Task, node: Linear, part: int, row: int, rows: int, runs: np.ndarray, run: int, end: int
+    p: Program,
+    bound: Mapping[str, int],
+    t: Task,
+    node: Linear,
+    segment: tuple[int, int, int],
+    runs: np.ndarray,
+    run: int,
+    end: int,
 ) -> int:
     """Match runs with the rows of one segment, in order. The run after the last."""
     tg = p.schedule.tasks
+    part, row, rows = segment
     weights = [tg.buffers[w] for w in node.parts[part].weights]
     stop = row + rows
     while row < stop:
         if run >= end:
             raise VerificationError("P1", f"no run brings row {row} of {weights[0].name} to {names(tg, [t.id])}")
         r = runs[run]
-        bases = [_reference(p, w, row) for w in weights] + [abi.NO_REF] * (2 - len(weights))
+        bases = [_reference(bound, w, row) for w in weights] + [abi.NO_REF] * (2 - len(weights))
         have = [int(r["base0"]), int(r["base1"])]
         if bases != have or int(r["rows"]) == 0 or row + int(r["rows"]) > stop:
             text = f"run {run} of {int(r['rows'])} rows from {_show(p, have)} feeds {names(tg, [t.id])}, "
@@ -97,10 +106,10 @@ def _follow(
     return run
 
 
-def _reference(p: Program, w: Buffer, row: int) -> int:
-    if w.storage not in p.bindings:
+def _reference(bound: Mapping[str, int], w: Buffer, row: int) -> int:
+    if w.storage not in bound:
         raise VerificationError("P3", f"weight {w.name} is not bound")
-    return p.bindings.index(w.storage) << BINDING_SHIFT | row * w.strides[0] * w.dtype.itemsize
+    return bound[w.storage] << BINDING_SHIFT | row * w.strides[0] * w.dtype.itemsize
 
 
 def _show(p: Program, refs: list[int]) -> str:
