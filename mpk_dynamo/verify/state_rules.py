@@ -1,4 +1,4 @@
-"""Rule T6 for STATE: a new version is written where the graph says, each element once.
+"""Rule T6 for STATE: a new version is written where the graph says, with nothing left out.
 
 A node need not write all of a state (a cache append writes one row), so the whole shape is no measure. The region
 comes from the node's own store index, where that is plain enough to say it exactly.
@@ -16,7 +16,7 @@ from .accesses import Storage
 
 
 def check_states(tg: TaskGraph, storages: list[Storage]) -> None:
-    """Each version's written boxes are disjoint and fill the region its node stores to."""
+    """The boxes written of each version fill the region its node stores to, and no more."""
     groups: dict[str, list[Box]] = {}
     for s in storages:
         for g in s.writes:
