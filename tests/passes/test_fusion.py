@@ -163,6 +163,19 @@ def test_read_of_an_old_version_is_not_moved_past_the_write() -> None:
     assert_same(before, after)
 
 
+def test_two_moved_reads_do_not_cross() -> None:
+    """r1 reads old x and new y, r2 reads old y and new x. Either copy can be folded into its reader, not both: r1
+    would come before the write of x, that before r2, that before the write of y, that before r1."""
+    g = Builder()
+    x, y = (g.caller(name, (1, 16), BF16, STATE) for name in "xy")
+    old_x, old_y = g.view(x, (1, 16)), g.view(y, (1, 16))
+    new_x, new_y = (g.assign(z, E.cast(E.op("mul", g.wide(z, z.shape), E.const(2.0, F32)), BF16)) for z in (x, y))
+    before = g.graph(g.op("add", old_x, new_y), g.op("sub", old_y, new_x))
+    after = fused(before)
+    assert len(after.nodes) == 5
+    assert_same(before, after)
+
+
 def test_shift_in_place_keeps_its_copy() -> None:
     """x[:] = roll(x): computed into a buffer first, since elements would overwrite what others still read."""
     g = Builder()
@@ -216,6 +229,23 @@ def test_append_is_absorbed_only_when_nothing_else_reads_the_cache() -> None:
         assert_same(before, after)
 
 
+def test_heads_are_grouped_only_where_keys_and_values_repeat() -> None:
+    for repeated in ("keys", "both"):
+        g = Builder()
+        few, many = (1, 2, 8, 4), (1, 4, 8, 4)
+        caches = []
+        for name in ("keys", "values"):
+            if repeated in (name, "both"):
+                one = g.view(g.caller(name, few, BF16, INPUT), (1, 2, 1, 8, 4))
+                caches.append(g.view(g.expand(one, (1, 2, 2, 8, 4)), many))
+            else:
+                caches.append(g.caller(name, many, BF16, INPUT))
+        before = g.graph(g.attention(g.caller("q", (1, 4, 1, 4), BF16, INPUT), *caches, None, 0.5))
+        after = fused(before)
+        assert [n.g.size for n in after.nodes] == [2 if repeated == "both" else 4]
+        assert_same(before, after)
+
+
 def test_mask_of_several_heads_keeps_every_key_some_head_sees() -> None:
     g = Builder()
     shape = (2, 2, 8, 4)
@@ -241,6 +271,38 @@ def test_norm_that_two_nodes_read_is_stored() -> None:
     assert_same(before, after)
 
 
+def test_sum_of_two_buffers_that_many_read_is_stored() -> None:
+    g = Builder()
+    x, y = (g.caller(name, (1, 16), BF16, INPUT) for name in "xy")
+    total = g.op("add", x, y)
+    before = g.graph(*(small_linear(g, total, 8 * k, f"w{k}") for k in (1, 2)), g.op("neg", total), g.op("abs", total))
+    after = fused(before)
+    assert sum({"x", "y"} <= {ld.buffer for e in expressions(n) for ld in E.loads(e)} for n in after.nodes) == 1
+    assert_same(before, after)
+
+
+def test_gathered_row_that_two_nodes_read_is_stored() -> None:
+    g = Builder()
+    table, ids = g.caller("table", (32, 16), BF16), g.caller("ids", (1,), I64, INPUT)
+    row = g.embedding(table, ids)
+    before = g.graph(small_linear(g, row, 8, "w"), g.op("neg", row))
+    after = fused(before)
+    assert sum("table" in e.buffers for n in after.nodes for e in expressions(n)) == 1
+    assert_same(before, after)
+
+
+def test_windows_of_a_result_are_no_epilogue() -> None:
+    """z[i, j] = y[i + j] has as many elements as y, but reads some of y several times."""
+    g = Builder()
+    y = small_linear(g, g.caller("x", (1, 16), BF16, INPUT), 16, "w")
+    i, j = E.var("i0", 4), E.var("i1", 4)
+    window = g.at(y, (E.index(0), E.op("add", i, j)))
+    before = g.graph(g.emit((4, 4), E.cast(E.op("neg", E.cast(window, F32)), BF16)))
+    after = fused(before)
+    assert len(after.nodes) == 2
+    assert_same(before, after)
+
+
 def test_activation_in_many_steps_is_one_epilogue() -> None:
     """GELU by tanh, as GPT-2 writes it: the result of the Linear has three readers until they are one."""
     g = Builder()
@@ -255,14 +317,15 @@ def test_activation_in_many_steps_is_one_epilogue() -> None:
     assert_same(before, after)
 
 
-def test_product_written_as_a_reduction_is_not_repeated() -> None:
+@pytest.mark.parametrize("n", [8, 64])
+def test_product_written_as_a_reduction_is_not_repeated(n: int) -> None:
     """sum over r of (sum over s of x[s] w[s, r]) v[r, i]: the inner sum must not run once per i and r."""
     g = Builder()
-    x, w, v = (g.caller(n, s, F32, INPUT) for n, s in (("x", (64,)), ("w", (64, 64)), ("v", (64, 64))))
-    i, r = E.var("i0", 64), E.var("r0", 64)
+    x, w, v = (g.caller(name, s, F32, INPUT) for name, s in (("x", (n,)), ("w", (n, n)), ("v", (n, n))))
+    i, r = E.var("i0", n), E.var("r0", n)
 
     def product(a: T, m: T) -> T:
-        return g.emit((64,), E.reduce("sum", r, E.op("mul", g.at(a, (r,)), g.at(m, (r, i)))))
+        return g.emit((n,), E.reduce("sum", r, E.op("mul", g.at(a, (r,)), g.at(m, (r, i)))))
 
     before = g.graph(product(product(x, w), v))
     after = fused(before)
