@@ -12,8 +12,8 @@ from ..ir.types import DType
 from .mutate import wrapped
 from .registry import Call, lowers
 from .values import Memory, Shape, View, broadcast, convert, points, wide
-from .views import unflatten
 from .values import whole as whole_view
+from .views import unflatten
 
 if TYPE_CHECKING:
     from .importer import Importer
@@ -70,7 +70,8 @@ def _outer(imp: Importer, call: Call, left: View, right: View) -> View:
     batch = call.shape[:-2]
     row = (*broadcast(left.shape[:-2], batch, at[:-2]), at[-2], E.index(0))
     column = (*broadcast(right.shape[:-2], batch, at[:-2]), E.index(0), at[-1])
-    return imp.emit(call, convert(op("mul", convert(left.load(row), kind), convert(right.load(column), kind)), call.dtype))
+    body = op("mul", convert(left.load(row), kind), convert(right.load(column), kind))
+    return imp.emit(call, convert(body, call.dtype))
 
 
 def product(imp: Importer, call: Call, x: View, weight: View, bias: View | None) -> View:
@@ -91,7 +92,8 @@ def product(imp: Importer, call: Call, x: View, weight: View, bias: View | None)
     token = tuple(unflatten(_point(t), lead))
     result: Expr = E.acc(0)
     if bias is not None:
-        result = op("add", result, convert(bias.load(broadcast(bias.shape, (*lead, rows), (*token, _point(n)))), DType.F32))
+        added = bias.load(broadcast(bias.shape, (*lead, rows), (*token, _point(n))))
+        result = op("add", result, convert(added, DType.F32))
     name = imp.fresh(call.name)
     imp.declare(name, dtype, out, call.origin)
     part = LinearPart((weight.memory.buffer,), rows, convert(result, dtype), name, (*token, _point(n)), call.origin)
@@ -111,8 +113,8 @@ def _reduced(imp: Importer, call: Call, x: View, weight: View, bias: View | None
     """The product as a row reduction: for weights stored with the depth outermost, and for f64."""
     depth, kind = x.shape[-1], wide(call.dtype)
     at, r = points(call.shape), E.var("r0", depth)
-    body: Expr = op("mul", convert(x.load((*at[:-1], _point(r))), kind), convert(weight.load((at[-1], _point(r))), kind))
-    body = E.reduce("sum", r, body)
+    element = op("mul", convert(x.load((*at[:-1], _point(r))), kind), convert(weight.load((at[-1], _point(r))), kind))
+    body = E.reduce("sum", r, element)
     if bias is not None:
         body = op("add", body, convert(bias.load(broadcast(bias.shape, call.shape, at)), kind))
     imp.note(f"{call.origin}: {call.op} is a plain reduction, slower than a linear: its weight is not [rows, depth]")

@@ -18,8 +18,8 @@ from ..ir.graph import Graph, Node, Output, RowMap, reads, writes
 from ..ir.types import Buffer, BufferKind, DType, buffer
 from . import anchors, create, mutate, pointwise, reduce, views  # noqa: F401  (they fill the table of lowerings)
 from .registry import LOWERINGS, Call, bind, refusal
-from .retrace import held_tensors, retrace
-from .values import DTYPES, Memory, Shape, View, convert, points, variables, whole
+from .retrace import Placeholder, Traced, held_tensors, module_path, retrace, source_line
+from .values import DTYPES, Memory, Shape, View, points, variables, whole
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ _SKIPPED = frozenset("_set_grad_enabled _enter_autocast _exit_autocast".split())
 class Importer:
     """State of one import. Lowerings use `emit`, `store` and `note`."""
 
-    def __init__(self, traced: fx.GraphModule, tensors: Sequence[torch.Tensor], inputs: int) -> None:
-        self.traced, self.tensors, self.inputs = traced, tensors, inputs
+    def __init__(self, traced: Traced, tensors: Sequence[torch.Tensor], inputs: int) -> None:
+        self.traced, self.tensors, self.inputs = traced, list(tensors), inputs
         self.nodes: list[Node] = []
         self.buffers: dict[str, Buffer] = {}
         self.env: dict[fx.Node, Any] = {}
@@ -140,7 +140,8 @@ class Importer:
 
     def is_param(self, memory: Memory) -> bool:
         """Whether a memory is a parameter or buffer of the module that nothing has written so far."""
-        return memory.buffer is not None and self.buffers[memory.buffer].kind is BufferKind.PARAM and not memory.versions
+        held = memory.buffer is not None and self.buffers[memory.buffer].kind is BufferKind.PARAM
+        return held and not memory.versions
 
     def materialize(self, memory: Memory, origin: str) -> None:
         """Give a memory a buffer of its own."""
@@ -185,12 +186,16 @@ class Importer:
 
     # --- FX nodes ---
 
-    def _input(self, node: fx.Node, position: int) -> View:
+    def _input(self, node: fx.Node, position: int) -> View | None:
         place, fake = node.meta["placeholder"], node.meta["val"]
         if fake.dtype not in DTYPES:
             if not node.users:
-                return View(Memory(place.name, DType.U8, ()), (), ())
+                return None
             raise Unsupported(f"input {place.name} has dtype {fake.dtype}", origin=place.source)
+        return self._bound(place, fake, position)
+
+    def _bound(self, place: Placeholder, fake: torch.Tensor, position: int) -> View:
+        """The view of a tensor that is bound at launch."""
         shape, name = tuple(fake.shape), self.fresh(place.name)
         kind = BufferKind.PARAM if place.static else BufferKind.INPUT
         self.buffers[name] = buffer(
@@ -200,16 +205,16 @@ class Importer:
         return whole(Memory(name, DTYPES[fake.dtype], shape, buffer=name, caller=True))
 
     def _attribute(self, node: fx.Node) -> View:
-        value: Any = self.traced
-        for part in node.target.split("."):
-            value = getattr(value, part)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise refusal(node, "a tensor constant of several elements made inside the model", "register it as a buffer")
+        """A tensor made from Python numbers: a single number is folded, several are bound like an input."""
+        value = self.traced.constants[node.target]  # type: ignore[index]
         if value.dtype not in DTYPES:
             raise refusal(node, f"a constant of dtype {value.dtype}")
-        held = getattr(value, "constant", None)  # a fake tensor made from a Python number remembers the number
-        number = (value if held is None else held).item()
-        return whole(Memory(node.name, DTYPES[value.dtype], tuple(value.shape), body=E.const(number, DTYPES[value.dtype])))
+        dtype, shape = DTYPES[value.dtype], tuple(value.shape)
+        if value.numel() == 1:
+            return whole(Memory(node.name, dtype, shape, body=E.const(value.item(), dtype)))
+        place = Placeholder(f"{module_path(node)}.{node.name}".strip("."), source_line(node), static=True)
+        self.tensors.append(value)
+        return self._bound(place, value, len(self.tensors) - 1)
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
@@ -230,7 +235,8 @@ class Importer:
         except Unsupported:
             raise
         except Exception as error:
-            error.add_note(f"while capturing {node.format_node()} at {call.origin}") if hasattr(error, "add_note") else None
+            if hasattr(error, "add_note"):  # from Python 3.11
+                error.add_note(f"while capturing {node.format_node()} at {call.origin}")
             raise
 
     def _resolve(self, argument: Any) -> Any:
@@ -279,7 +285,8 @@ class Importer:
                 self.buffers[name] = replace(b, kind=BufferKind.STATE)
         memory_of = {name: _memory_id(self.tensors[k]) for name, k in self.callers.items()}
         for name in mutated:
-            shared = [other for other, m in memory_of.items() if m == memory_of[name] and m is not None and other != name]
+            memory = memory_of.pop(name)
+            shared = [other for other, m in memory_of.items() if m == memory and m is not None]
             if shared:
                 raise Unsupported(f"{name} is written in place and shares its memory with {', '.join(shared)}")
 

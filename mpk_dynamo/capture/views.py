@@ -224,7 +224,8 @@ def repeat(imp: Importer, call: Call) -> View:
     source: View = call["self"]
     shift = len(call.shape) - len(source.shape)
     at = points(call.shape)[max(shift, 0) :]
-    return imp.copy(call, source.through(call.shape, tuple(E.op("mod", e, E.index(n)) for e, n in zip(at, source.shape))))
+    index = tuple(E.op("mod", e, E.index(n)) for e, n in zip(at, source.shape))
+    return imp.copy(call, source.through(call.shape, index))
 
 
 @lowers("repeat_interleave")

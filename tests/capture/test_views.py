@@ -136,6 +136,11 @@ def test_attention(case: str) -> None:
     assert node.g.size == {"plain": 4, "scale": 1}.get(case, 2)
 
 
+def test_tensors_made_from_numbers_in_the_model() -> None:
+    found = same(lambda x: x[:, torch.tensor([2, 0])] * torch.tensor([[1.5], [2.5]]) + torch.tensor(3), torch.randn(2, 3))
+    assert [t.numel() for t in found.constants.values()] == [2, 2], "the single number is folded"
+
+
 def test_tensors_held_by_the_graph_are_bound_as_constants() -> None:
     held = torch.randn(3)
     gm = torch.fx.symbolic_trace(lambda x: x)
