@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from mpk_dynamo.ir.graph import is_callers
+
 transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, Any] = dict(
@@ -99,12 +101,12 @@ def test_what_a_capture_says(grab: Any) -> None:
     assert kinds["model.layers.0.self_attn.q_proj.weight"] == "param"
     assert kinds["model.rotary_emb.inv_freq"] == "param"
     assert kinds["past_key_values.layers.1.keys"] == kinds["past_key_values.layers.1.keys@1"] == "state"
-    assert set(found.arguments) == {b.storage for b in graph.buffers.values() if b.kind.value in ("param", "input", "state")}
+    assert set(found.arguments) == {b.storage for b in graph.buffers.values() if is_callers(b)}
     assert sum(kind == "input" for kind in kinds.values()) == 1  # token ids
     nodes = {type(n).__name__: [m for m in graph.nodes if type(m) is type(n)] for n in graph.nodes}
     assert len(nodes["Linear"]) == 15 and len(nodes["Attention"]) == 2
     attention = nodes["Attention"][0]
-    assert (attention.b.size, attention.h.size, attention.g.size, attention.s.size, attention.d.size) == (1, 4, 2, 16, 32)
+    assert [v.size for v in (attention.b, attention.h, attention.g, attention.s, attention.d)] == [1, 4, 2, 16, 32]
     assert attention.keys == "past_key_values.layers.0.keys@1"
     assert repr(attention.key_index) == repr(attention.value_index) == "(0, g, s, d)"
     assert nodes["Linear"][0].origin == "model.layers.0.self_attn.q_proj"

@@ -14,6 +14,7 @@ from mpk_dynamo.capture.pointwise import names
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = (*FLOATS, torch.int64, torch.int32)
+EXACT = (torch.float32, torch.int64, torch.int32)
 ALL = (*NUMBERS, torch.bool)
 Function = Callable[..., Any]
 
@@ -81,10 +82,10 @@ BINARY: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
     "true_divide": (lambda x, y: torch.true_divide(x, y * y + 1), NUMBERS),
     "div.rounding": (
         lambda x, y: [torch.div(x * 9, s * (y * y + 1), rounding_mode=m) for m in ("floor", "trunc") for s in (1, -1)],
-        (torch.float32, torch.int64, torch.int32),
+        EXACT,
     ),
-    "floor_divide": (lambda x, y: (x // (y * y + 1), (x * 8) // 3, (x * 8) // -3), (torch.float32, torch.int64, torch.int32)),
-    "remainder": (lambda x, y: (x % (y * y + 1), (x * 8) % 3, (x * 8) % -3), (torch.float32, torch.int64, torch.int32)),
+    "floor_divide": (lambda x, y: (x // (y * y + 1), (x * 8) // 3, (x * 8) // -3), EXACT),
+    "remainder": (lambda x, y: (x % (y * y + 1), (x * 8) % 3, (x * 8) % -3), EXACT),
     "maximum": (torch.maximum, ALL),
     "minimum": (torch.minimum, ALL),
     "max.other": (torch.max, NUMBERS),
@@ -132,17 +133,14 @@ def sample(dtype: torch.dtype, seed: int, shape: tuple[int, ...] = (3, 4, 5)) ->
 @pytest.mark.parametrize("name", UNARY)
 def test_unary(name: str) -> None:
     function, dtypes = UNARY[name]
-    for dtype in dtypes:
-        torch._dynamo.reset()
-        same(function, sample(dtype, 0), ulps=ULPS.get(name, 0))
+    same(lambda *xs: [function(x) for x in xs], *(sample(d, 0) for d in dtypes), ulps=ULPS.get(name, 0))
 
 
 @pytest.mark.parametrize("name", BINARY)
 def test_binary(name: str) -> None:
     function, dtypes = BINARY[name]
-    for dtype in dtypes:
-        torch._dynamo.reset()
-        same(function, sample(dtype, 0), sample(dtype, 1), ulps=ULPS.get(name, 0))
+    pairs = [sample(d, seed) for d in dtypes for seed in (0, 1)]
+    same(lambda *xs: [function(x, y) for x, y in zip(xs[::2], xs[1::2])], *pairs, ulps=ULPS.get(name, 0))
 
 
 def test_the_tables_above_are_complete() -> None:
@@ -151,14 +149,11 @@ def test_the_tables_above_are_complete() -> None:
 
 @pytest.mark.parametrize("exponent", [0, 0.5, -0.5, -1, -2, 2.5, 4, -3])
 def test_powers(exponent: float) -> None:
-    for dtype in FLOATS:
-        torch._dynamo.reset()
-        same(lambda x: (abs(x) + 0.5) ** exponent, sample(dtype, 0), ulps=1)
-    torch._dynamo.reset()
-    same(lambda x: 2.0**x, sample(torch.float32, 0), ulps=1)
-    if exponent in (0, 2, 4):
-        torch._dynamo.reset()
-        same(lambda x: x ** int(exponent), sample(torch.int64, 0))
+    def function(x: torch.Tensor, i: torch.Tensor, *floats: torch.Tensor) -> list[torch.Tensor]:
+        out = [(abs(x) + 0.5) ** exponent for x in floats]
+        return [*out, 2.0**x, *([i ** int(exponent)] if exponent in (0, 2, 4) else [])]
+
+    same(function, sample(torch.float32, 0), sample(torch.int64, 0), *(sample(d, 0) for d in FLOATS), ulps=1)
 
 
 @pytest.mark.parametrize("left", ALL)

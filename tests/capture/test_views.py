@@ -17,7 +17,7 @@ X = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
 
 VIEWS: dict[str, Any] = {
     "view": lambda x: (x.view(6, 24), x.view(2, 12, 6), x.view(-1), x.view(2, 3, 2, 2, 3, 2), x.view(3, 2, 24)),
-    "reshape of a transposed tensor": lambda x: (x.transpose(1, 2).reshape(2, 72), x.permute(3, 0, 2, 1).reshape(4, 36)),
+    "reshape, transposed": lambda x: (x.transpose(1, 2).reshape(2, 72), x.permute(3, 0, 2, 1).reshape(4, 36)),
     "squeeze, unsqueeze": lambda x: (x[:, :1].squeeze(1), x[:1, :1].squeeze(), x.unsqueeze(2), x[None, :, None]),
     "transpose, permute, t": lambda x: (x.transpose(-1, 0), x.permute(2, 0, 3, 1), x[0, 0].t(), x.mT, x.swapaxes(1, 2)),
     "movedim": lambda x: (x.movedim(0, -1), torch.movedim(x, (0, 1), (2, 0))),
@@ -26,7 +26,8 @@ VIEWS: dict[str, Any] = {
     "select": lambda x: (x[1], x[:, -1], x[0, 1, 2, 3], x.select(2, 1)),
     "split": lambda x: (*x.split(2, dim=1), *x.chunk(4, -1), *x.split([1, 3, 2], -1), *x.unbind(1), *x.tensor_split(2)),
     "flatten": lambda x: (x.flatten(1), x.flatten(0, 1), x.flatten(), x.unflatten(3, (2, 3)), x.unflatten(-1, (-1, 2))),
-    "cat": lambda x: (torch.cat([x, x * 2, x[:, :1]], 1), torch.cat([x[..., 3:], -x[..., :3]], -1), torch.stack([x, x], 2)),
+    "cat": lambda x: (torch.cat([x, x * 2, x[:, :1]], 1), torch.cat([x[..., 3:], -x[..., :3]], -1)),
+    "stack": lambda x: (torch.stack([x, x], 2), torch.stack([x[0], x[1] * 2], -1)),
     "cat of one": lambda x: (torch.cat([x]), torch.cat([torch.empty(0), x], 0)),
     "roll, flip": lambda x: (x.roll(1, 1), x.roll((-1, 2), (0, 3)), x.roll(5), x.flip(-1), x.flip((0, 2))),
     "repeat": lambda x: (x.repeat(1, 2, 1, 3), x[0].repeat(2, 1, 1, 1), x.repeat_interleave(3, dim=1), x.tile(2)),
@@ -63,7 +64,7 @@ def test_rearrangement(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_reduction(name: str, dtype: torch.dtype) -> None:
     same(REDUCTIONS[name], (torch.sin(X) * 3 + X / 40).to(dtype), ulps=2 if dtype is torch.bfloat16 else 40)
 
@@ -128,7 +129,8 @@ def test_attention(case: str) -> None:
         if case == "causal":
             return F.scaled_dot_product_attention(q, wide(k), wide(v), is_causal=True)
         if case == "scale":
-            return F.scaled_dot_product_attention(q, k[:, :1].expand(2, 4, 5, 8), v[:, :1].expand(2, 4, 5, 8), scale=0.7)
+            k, v = (x[:, :1].expand(2, 4, 5, 8) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, scale=0.7)
         return F.scaled_dot_product_attention(q, torch.cat([k, v], 1), torch.cat([v, k], 1))
 
     found = same(function, q, k, v, ulps=16)
@@ -137,7 +139,10 @@ def test_attention(case: str) -> None:
 
 
 def test_tensors_made_from_numbers_in_the_model() -> None:
-    found = same(lambda x: x[:, torch.tensor([2, 0])] * torch.tensor([[1.5], [2.5]]) + torch.tensor(3), torch.randn(2, 3))
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x[:, torch.tensor([2, 0])] * torch.tensor([[1.5], [2.5]]) + torch.tensor(3)
+
+    found = same(function, torch.randn(2, 3))
     assert [t.numel() for t in found.constants.values()] == [2, 2], "the single number is folded"
 
 
