@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 
 from .errors import MpkError, Unsupported
 from .fallback import fall_back
@@ -39,6 +40,10 @@ def mpk(
         _refuse_training(example_inputs)
         compiled = compile_graph(gm, example_inputs, settings, report)
     except Unsupported as why:
+        return fall_back(gm, example_inputs, settings, report, why)
+    except exceptions_allowed_to_be_fallback as error:
+        # left alone, Dynamo would take it for a wish to break the graph here, and run the pieces
+        why = Unsupported(f"the graph cannot be traced: {type(error).__name__}: {error}")
         return fall_back(gm, example_inputs, settings, report, why)
     except MpkError as error:
         report.reason, report.origin = error.message, error.origin

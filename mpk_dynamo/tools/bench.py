@@ -29,7 +29,7 @@ ALTERNATIVES: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "inductor-reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
     "inductor-max-autotune": {"backend": "inductor", "mode": "max-autotune"},
-    "mpk": {"backend": "mpk", "options": {"fallback": "error"}},
+    "mpk": {"backend": "mpk", "fullgraph": True, "options": {"fallback": "error"}},
 }
 """Arguments of torch.compile. Each is given fixed shapes, as `generate()` does for a static cache."""
 
@@ -227,9 +227,15 @@ def _figures(
         "step_bytes": needed,
         "ceiling": dataclasses.asdict(ceiling) if ceiling else None,
         "floor_ms": needed / ceiling.bandwidth * 1e3 if ceiling else None,
-        "results": {name: dataclasses.asdict(r) for name, r in results.items()},
+        "results": {name: _plain(r) for name, r in results.items()},
         "program": dataclasses.asdict(reports()[-1]) if reports() else None,
     }
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    rest = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    times = dataclasses.asdict(result.times) if result.times else None
+    return {**rest, "accuracy": result.accuracy.figures(), "times": times}
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,7 @@ class Decoder:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.config.vocab_size
         ids = torch.randint(0, vocabulary, (batch, prompt + steps), generator=generator).to(model.device)
+        self.cache_ids = ids[:, :prompt]
         self.cache = StaticCache(config=model.config, max_cache_len=max_cache)
         with torch.no_grad():
             model(ids[:, :prompt], past_key_values=self.cache, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,131 @@
+"""The command line, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpk_dynamo.tools.cli import main
+from mpk_dynamo.tools.decoder import Decoder, step_bytes
+from mpk_dynamo.tools.models import SHAPES, load
+
+TINY = str(Path(__file__).resolve().parents[1] / "examples" / "tiny_model" / "model")
+
+PARAMETERS = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "smollm2-135m": 134_515_008,
+}
+"""As the published checkpoints have them."""
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_the_published_number_of_parameters(name: str):
+    assert load(name, device="meta").num_parameters() == PARAMETERS[name]
+
+
+def test_step_bytes_counts_the_embedding_once_when_tied_and_by_rows_when_not():
+    tied, untied = load("qwen3-0.6b", device="meta"), load("qwen3-8b", device="meta")
+    cache = 2 * 28 * 8 * 128 * 101 * 2
+    assert step_bytes(tied, batch=1, position=100) == 2 * PARAMETERS["qwen3-0.6b"] + cache
+    rows_left_out = 151936 - 2
+    cache = 2 * 36 * 2 * 8 * 128 * 1 * 2
+    assert step_bytes(untied, batch=2, position=0) == 2 * (PARAMETERS["qwen3-8b"] - rows_left_out * 4096) + cache
+
+
+def test_decoder_makes_the_inputs_of_generate():
+    """The same position, mask and logits as a run of the whole sequence."""
+    model = load(TINY, dtype=torch.float32)
+    decoder = Decoder(model, batch=2, prompt=5, max_cache=12, steps=3)
+    seen = [int(step["position_ids"][0, 0]) for step in decoder.steps]
+    masks = [step["attention_mask"]["full_attention"][0, 0, 0].tolist() for step in decoder.steps]
+    assert seen == [5, 6, 7]
+    assert masks == [[True] * (p + 1) + [False] * (11 - p) for p in seen]
+    stepped = decoder.logits(model)
+    assert torch.equal(stepped, decoder.logits(model)), "rewinding the cache must give the same again"
+    ids = torch.cat([decoder.cache_ids, *(s["input_ids"] for s in decoder.steps)], dim=1)
+    with torch.no_grad():
+        whole = model(ids).logits[:, 5:].transpose(0, 1)
+    torch.testing.assert_close(stepped, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_explain_builds_for_a_target_without_weights_or_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    command = ["explain", "--model", "smollm2-135m", "--layers", "1", "--target", "sm_90a", "--prompt", "16"]
+    assert main([*command, "--max-cache", "32", "--dump", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for wanted in ("captured", "Attention", "workers", "132", "roofline", "sm_90a:", "registers"):
+        assert wanted in text
+    dumped = {p.name for p in (tmp_path / "compile-000").iterdir()}
+    assert {"0-dynamo.py", "2-graph.txt", "3-tasks.txt", "4-schedule.txt", "5-program.cu", "README.txt"} <= dumped
+
+
+def test_explain_names_what_is_missing_and_where():
+    from mpk_dynamo import explain
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.inv(x) + 1
+
+    found = explain(Model(), torch.eye(3))
+    assert "linalg_inv_ex" in str(found) or "linalg_inv" in str(found)
+    assert "not captured" in str(found) and found.graphs[0].missing
+
+
+def test_bench_on_cpu_compares_but_claims_no_times(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    file = tmp_path / "figures.json"
+    command = ["bench", "--model", TINY, "--device", "cpu", "--against", "--prompt", "16", "--batch", "2"]
+    status = main([*command, "--max-cache", "48", "--steps", "24", "--json", str(file)])
+    figures = json.loads(file.read_text())
+    assert status == 0 and set(figures["results"]) == {"eager", "mpk"}
+    assert figures["results"]["mpk"]["times"] is None and figures["results"]["mpk"]["failed"] == ""
+    assert "passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["bench", "--model", TINY, "--device", "cpu", "--against", "inductr"], "inductr"),
+        (["bench", "--model", "qwen3-06b", "--device", "cpu"], "did you mean 'qwen3-0.6b'"),
+        (["explain", "--model", TINY, "--target", "sm_9a"], "unknown target 'sm_9a'"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_a_remedy(arguments: list[str], wanted: str, capsys: pytest.CaptureFixture[str]):
+    assert main(arguments) == 2
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--model", "smollm2-135m"]) == 2
+    assert "nothing to time" in capsys.readouterr().err
+
+
+def test_options_prints_the_table(capsys: pytest.CaptureFixture[str]):
+    assert main(["options"]) == 0
+    assert "`fallback`" in capsys.readouterr().out
+
+
+def test_gate_refuses_wrong_logits_and_nan():
+    from mpk_dynamo.tools.accuracy import accuracy
+
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(4, 2, 50, generator=generator)
+    eager = accuracy(reference, reference + 0.01 * torch.randn(4, 2, 50, generator=generator))
+    good = accuracy(reference, reference + 0.01 * torch.randn(4, 2, 50, generator=generator))
+    shifted = accuracy(reference, reference.roll(1, -1))
+    one_step = reference.clone()
+    one_step[2, 1, 7] = float("nan")
+    one_token = reference + 0.01 * torch.randn(4, 2, 50, generator=generator)
+    one_token[2, 1] = one_token[2, 1].roll(1)
+    assert good.excess(eager) == ""
+    assert "KL" in shifted.excess(eager)
+    assert accuracy(reference, one_step).excess(eager) != ""
+    assert "greatest" in accuracy(reference, one_token).excess(eager)
+    assert set(SHAPES) >= set(PARAMETERS)
