@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
@@ -82,6 +82,9 @@ OPERAND = Struct("Operand", (("ref", "u64", 1),))
 ARENA_REF = 1 << 63
 """Bit of a reference that says: byte offset into the arena. Otherwise bits 40..62 are a binding, 0..39 an offset."""
 
+FLAGGED_REF = 1 << 62
+"""Beside ARENA_REF: the buffer is flagged, odd epochs use the second set."""
+
 NO_REF = (1 << 64) - 1
 
 TABLES: tuple[tuple[str, Struct], ...] = (
@@ -100,6 +103,8 @@ LAUNCH_FIXED = Struct(
     (
         ("tables", "u64", len(TABLES)),
         ("arena", "u64", 1),  # device address of the scratch arena
+        ("flagged", "u64", 1),  # device address of the first of the two sets of flagged buffers
+        ("flagged_bytes", "u64", 1),  # of one set, a multiple of 16
         ("control", "u64", 1),  # device address of the control block, zeroed once, never reset
         ("fault", "u64", 1),  # device-visible address of the fault record in pinned host memory
         ("profile", "u64", 1),  # device address of the profile records, 0 when off
@@ -135,8 +140,9 @@ FAULT_KINDS = (
     "a ring slot was never released",
     "a cache position is outside the cache (the cache is full?)",
     "an index is outside its tensor",
+    "a value was not published",
 )
-"""Text of Fault.kind. For the last two, `needed` is the size and `seen` the index."""
+"""Text of Fault.kind. For kinds 3 and 4, `needed` is the size and `seen` the index."""
 
 STRUCTS = (TASK, WAIT, SIGNAL, OPERAND, SEGMENT, RUN, QUEUE, LAUNCH_FIXED, PROFILE, FAULT)
 KERNEL_NAME = "mpk_main"
@@ -153,7 +159,7 @@ def header() -> str:
     lines += ["using u32 = unsigned int; using i32 = int; using u64 = unsigned long long;"]
     for name in ("VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS MAX_OPERANDS MAX_WAITS MAX_SEGMENTS").split():
         lines.append(f"constexpr u32 {name} = {globals()[name]};")
-    lines += [f"constexpr u64 ARENA_REF = {ARENA_REF}ull;", f"constexpr u64 NO_REF = {NO_REF}ull;"]
+    lines += [f"constexpr u64 ARENA_REF = {ARENA_REF}ull;", f"constexpr u64 FLAGGED_REF = {FLAGGED_REF}ull;", f"constexpr u64 NO_REF = {NO_REF}ull;"]
     lines += [f"constexpr u32 TABLE_{name.upper()} = {i};" for i, (name, _) in enumerate(TABLES)]
     for s in STRUCTS:
         body = " ".join(f"{t} {f}{f'[{n}]' if n > 1 else ''};" for f, t, n in s.fields)

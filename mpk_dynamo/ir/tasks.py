@@ -42,12 +42,17 @@ class Event:
 @dataclass(frozen=True)
 class TaskGraph:
     """tasks[i].id == i, in an order in which running them one by one is right. `buffers` holds the graph's and
-    those that tiling added (partial results)."""
+    those that tiling added (partial results).
+
+    flagged: SCRATCH storages whose elements are their own flags. Before a launch each element holds the sentinel
+    (all bits one, a NaN no writer produces); a reader polls what it reads until no sentinel is left. So a read of
+    flagged memory needs no event, orders nothing else, and the memory is never reused within a launch."""
 
     graph: Graph
     buffers: dict[str, Buffer]
     tasks: tuple[Task, ...]
     events: tuple[Event, ...] = field(default=())
+    flagged: frozenset[str] = frozenset()
 
     def waits(self) -> list[list[int]]:
         """Event ids each task waits for."""
