@@ -55,6 +55,25 @@ def test_direct_call(name: str, batch: int, grab: Any) -> None:
     assert a.keys[:, :, 7].abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["Gemma3", "Phi3", "GPTNeoX", "GPT2"])
+def test_other_architectures(name: str, grab: Any) -> None:
+    """Sandwich norms with 1 + weight; fused projections that are split; partial rotary with biases; Conv1D."""
+    if name == "GPT2":
+        config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=128)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    elif name == "Gemma3":
+        config = transformers.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=32)
+        model = transformers.Gemma3ForCausalLM(config).eval()
+    else:
+        model = tiny(name, torch.float32)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(torch.randint(2, 128, (2, 5)), past_key_values=cache)
+        twin, ids = copy.deepcopy(cache), torch.full((2, 1), 9)
+        ours = torch.compile(model, backend=grab, fullgraph=True)(ids, past_key_values=cache).logits
+        torch.testing.assert_close(ours, model(ids, past_key_values=twin).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
 def test_generate(name: str, batch: int, grab: Any) -> None:
