@@ -291,6 +291,17 @@ def test_gathered_row_that_two_nodes_read_is_stored() -> None:
     assert_same(before, after)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_parts_of_different_length_stay_apart(batch: int) -> None:
+    g = Builder()
+    x = g.caller("x", (batch, 16), BF16, INPUT)
+    short, long = small_linear(g, x, 8, "w0"), small_linear(g, x, 16, "w1")
+    before = g.graph(g.op("mul", short, g.slice(long, 0, 8)), g.op("neg", x))
+    after = fused(before)
+    assert [len(p.weights) for n in find(after, Linear) for p in n.parts] == [1, 1]
+    assert_same(before, after)
+
+
 def test_windows_of_a_result_are_no_epilogue() -> None:
     """z[i, j] = y[i + j] has as many elements as y, but reads some of y several times."""
     g = Builder()

@@ -54,7 +54,7 @@ def _joined(node: Linear, reader: RowMap, flow: Flow) -> Linear | None:
     point = E.op("add", E.op("mul", t, E.index(rows)), n)
     elements = [ld for ld in E.loads(reader.body) if ld.buffer in outs]
     positions = {flat_index(ld.index, flow.buffers[ld.buffer].strides) for ld in elements}
-    if len(positions) != 1 or any(not _is_row_major(p, point, flow) or p.rows != rows for p in read):
+    if len(positions) != 1 or any(not _is_row_major(p, point, flow) for p in read):
         return None
     if any(flow.readers(p.out) != flow.readers(read[0].out) or not flow.is_internal(p.out) for p in read):
         return None
@@ -79,7 +79,8 @@ def _joined(node: Linear, reader: RowMap, flow: Flow) -> Linear | None:
 
 
 def _is_row_major(part: LinearPart, point: Expr, flow: Flow) -> bool:
-    """Whether element (t, n) of the part lies at t * rows + n of its output, and there is nothing else."""
+    """Whether element (t, n) of the part lies at `point` = t * rows + n of its output. Not so for parts with another
+    number of rows than `point` is for: their n is another variable."""
     return flat_index(part.store, flow.buffers[part.out].strides) is point
 
 
