@@ -157,7 +157,8 @@ def header() -> str:
     """C++ declarations of everything above, as the text of mpk/abi.h."""
     lines = ["// Generated from mpk_dynamo/abi.py. Do not edit.", "#pragma once", "namespace mpk {"]
     lines += ["using u32 = unsigned int; using i32 = int; using u64 = unsigned long long;"]
-    for name in ("VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS MAX_OPERANDS MAX_WAITS MAX_SEGMENTS").split():
+    names = "VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS"
+    for name in f"{names} MAX_OPERANDS MAX_WAITS MAX_SEGMENTS".split():
         lines.append(f"constexpr u32 {name} = {globals()[name]};")
     lines += [f"constexpr u64 ARENA_REF = {ARENA_REF}ull;", f"constexpr u64 FLAGGED_REF = {FLAGGED_REF}ull;", f"constexpr u64 NO_REF = {NO_REF}ull;"]
     lines += [f"constexpr u32 TABLE_{name.upper()} = {i};" for i, (name, _) in enumerate(TABLES)]

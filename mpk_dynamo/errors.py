@@ -37,7 +37,8 @@ class CompileError(MpkError):
 
     def __init__(self, message: str, *, log: str = "", source_path: str = "") -> None:
         self.log, self.source_path = log, source_path
-        super().__init__(f"{message}\n{log}" if log else message, remedy=f"source: {source_path}" if source_path else "")
+        remedy = f"source: {source_path}" if source_path else ""
+        super().__init__(f"{message}\n{log}" if log else message, remedy=remedy)
 
 
 class LaunchError(MpkError):

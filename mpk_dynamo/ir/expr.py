@@ -19,7 +19,10 @@ from .types import DType
 _INTERNED: dict[tuple[Any, ...], "Expr"] = {}
 
 UNARY = frozenset(
-    "neg abs sqrt rsqrt exp exp2 log log2 log1p expm1 sin cos tanh sigmoid erf floor ceil trunc round reciprocal not relu isnan".split()
+    (
+        "neg abs sqrt rsqrt exp exp2 log log2 log1p expm1 sin cos tanh sigmoid erf "
+        "floor ceil trunc round reciprocal not relu isnan"
+    ).split()
 )
 BINARY = frozenset("add sub mul div floordiv mod pow max min eq ne lt le gt ge and or".split())
 COMPARE = frozenset("eq ne lt le gt ge".split())
@@ -49,7 +52,7 @@ class Expr:
         try:
             return self._buffers
         except AttributeError:
-            out: frozenset[str] = frozenset().union(*(c.buffers for c in self.children)) if self.children else frozenset()
+            out: frozenset[str] = frozenset().union(*(c.buffers for c in self.children))
             if isinstance(self, Load):
                 out |= {self.buffer}
             self._buffers = out
@@ -328,8 +331,9 @@ def _compare_known(name: str, a: Expr, b: Expr) -> bool | None:
     if limits is None:
         return None
     low, high = limits
-    always = {"lt": high < 0, "le": high <= 0, "gt": low > 0, "ge": low >= 0, "eq": low == high == 0, "ne": low > 0 or high < 0}
-    never = {"lt": low >= 0, "le": low > 0, "gt": high <= 0, "ge": high < 0, "eq": low > 0 or high < 0, "ne": low == high == 0}
+    zero, nonzero = low == high == 0, low > 0 or high < 0
+    always = {"lt": high < 0, "le": high <= 0, "gt": low > 0, "ge": low >= 0, "eq": zero, "ne": nonzero}
+    never = {"lt": low >= 0, "le": low > 0, "gt": high <= 0, "ge": high < 0, "eq": nonzero, "ne": zero}
     return True if always[name] else False if never[name] else None
 
 

@@ -27,7 +27,8 @@ def print_node(node: Node) -> str:
         lines = [f"{node.name} = linear(t<{node.t.size}, k<{node.k.size}) x = {render(node.x)}{where}"]
         for p in node.parts:
             store = ", ".join(map(render, p.store))
-            lines.append(f"  [{' & '.join(p.weights)}] n<{p.rows}: {p.out}[{store}] = {render(p.epilogue)}  # {p.origin}")
+            out = f"{p.out}[{store}] = {render(p.epilogue)}"
+            lines.append(f"  [{' & '.join(p.weights)}] n<{p.rows}: {out}  # {p.origin}")
         return "\n".join(lines)
     assert isinstance(node, Attention)
     sizes = ", ".join(f"{v.name}<{v.size}" for v in (node.b, node.h, node.g, node.s, node.d))
