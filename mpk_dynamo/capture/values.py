@@ -7,8 +7,8 @@ memory only refers to the source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -30,12 +30,14 @@ Shape = tuple[int, ...]
 Index = tuple[Expr, ...]
 
 
-def variables(shape: Sequence[int]) -> tuple[E.Var, ...]:
+@lru_cache(maxsize=4096)
+def variables(shape: Shape) -> tuple[E.Var, ...]:
     """Loop variables i0, i1, ... of a shape."""
     return tuple(E.var(f"i{k}", n) for k, n in enumerate(shape))
 
 
-def points(shape: Sequence[int]) -> Index:
+@lru_cache(maxsize=4096)
+def points(shape: Shape) -> Index:
     """The loop variables as an index, with 0 for dimensions of size 1, so that maps stay simple."""
     return tuple(E.index(0) if n == 1 else E.var(f"i{k}", n) for k, n in enumerate(shape))
 
@@ -79,6 +81,8 @@ class View:
 
     def base(self, at: Index) -> Index:
         """The index into the memory of element `at`."""
+        if self.index == points(self.shape):
+            return broadcast(self.shape, self.shape, at)
         return compose(self.index, self.shape, at)
 
     def load(self, at: Index) -> Expr:
