@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -63,7 +64,8 @@ def loads_over(exprs: Iterable[Expr], ranges: Ranges) -> Iterable[tuple[Load, Ra
 
 
 def read_accesses(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, Buffer]) -> list[Access]:
-    """Bounding boxes of every load in `exprs` (also of those inside load indices), without repeats.
+    """Bounding boxes of every load in `exprs` (also of those inside load indices), without repeats. Their order
+    follows from the structure of `exprs`, not from the names of buffers.
 
     A load that lies outside its buffer for all of `ranges` is in the branch of a `where` that is not taken."""
     found: dict[str, list[Box]] = {}
@@ -71,10 +73,13 @@ def read_accesses(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, B
         box = index_box(ld.index, buffers[ld.buffer].shape, where)
         if box_size(box):
             found.setdefault(ld.buffer, []).append(box)
-    return [Access(name, box) for name, boxes in sorted(found.items()) for box in _maximal(boxes)]
+    return [Access(name, box) for name, boxes in found.items() for box in maximal(boxes)]
 
 
-def _maximal(boxes: list[Box]) -> list[Box]:
+def maximal(boxes: list[Box]) -> list[Box]:
+    """The boxes that no other one holds, large ones first, without repeats."""
+    if len(boxes) == 1:
+        return boxes
     kept: list[Box] = []
     for box in sorted(set(boxes), key=lambda b: (-box_size(b), b)):
         if not any(all(o0 <= s and e <= o1 for (s, e), (o0, o1) in zip(box, other, strict=True)) for other in kept):
@@ -144,6 +149,13 @@ def gathered_bytes(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, 
 def arithmetic(exprs: Iterable[Expr], ranges: Ranges) -> int:
     """Floating-point operations of evaluating `exprs` once over `ranges`, each common sub-expression once.
     Casts and integer index arithmetic count nothing."""
+    return _arithmetic(tuple(exprs), tuple((v, stop - start) for v, (start, stop) in ranges.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _arithmetic(exprs: tuple[Expr, ...], extents: tuple[tuple[Var, int], ...]) -> int:
+    # where a range lies does not matter, so the tasks of a node have few distinct counts
+    ranges = {v: (0, extent) for v, extent in extents}
     seen: set[tuple[Expr, frozenset[Var]]] = set()
     total = 0
     stack: list[tuple[Expr, frozenset[Var]]] = [(e, frozenset()) for e in exprs]

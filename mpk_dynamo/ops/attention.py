@@ -72,10 +72,10 @@ class AttentionOperator:
             )
         buffers = {**graph.buffers, **{b.name: b for b in extra}}
         tasks = [
-            self._attention(node, buffers, b, g, split, splits)
+            task
             for b in range(node.b.size)
             for g in range(node.g.size)
-            for split in range(splits)
+            for task in self._attention(node, buffers, b, g, splits)
         ]
         if splits > 1:
             per_b = max(1, min(node.h.size, workers // node.b.size))
@@ -85,8 +85,9 @@ class AttentionOperator:
         return Tiling(tuple(tasks), extra)
 
     def _attention(
-        self, node: Attention, buffers: Mapping[str, Buffer], b: int, g: int, split: int, splits: int
-    ) -> TileSpec:
+        self, node: Attention, buffers: Mapping[str, Buffer], b: int, g: int, splits: int
+    ) -> list[TileSpec]:
+        """The tasks of one KV head: they read the same, for which keys a split has is known at run time only."""
         heads = (g * group_size(node), (g + 1) * group_size(node))
         ranges = {node.b: (b, b + 1), node.h: heads, node.g: (g, g + 1), node.d: (0, node.d.size)}
         shared = [e for e in (node.q, node.mask, node.first, node.last) if e is not None]
@@ -98,22 +99,27 @@ class AttentionOperator:
         for name, idx in ((node.keys, node.key_index), (node.values, node.value_index)):
             caches.append(Access(name, index_box(idx, buffers[name].shape, ranges), partition, side))
             rest += [a for a in read_accesses(idx, ranges, buffers) if a not in rest]
-        if splits == 1:
-            writes = write_accesses(node.out, node.store, ranges, buffers)
-        else:
-            partial, stats = partial_names(node)
-            at = ((b, b + 1), heads, (split, split + 1))
-            writes = [Access(partial, (*at, (0, node.d.size))), Access(stats, (*at, (0, 2)))]
-        moved = access_bytes(rest, buffers) + access_bytes(writes, buffers)
-        moved += access_bytes(caches, buffers) // splits  # as if every key were live
+        read = access_bytes(rest, buffers)
+        read += access_bytes(caches, buffers) // splits  # as if every key were live
         flops = 4 * group_size(node) * node.d.size * node.s.size // splits + arithmetic((*shared, *appended), ranges)
-        if node.append and split == 0:
-            rows = [(node.append.keys, node.key_index), (node.append.values, node.value_index)]
-            for name, idx in rows:
-                box = index_box(idx, buffers[name].shape, ranges)
-                writes.append(Access(name, box, partition, Side.AT))
-                moved += node.d.size * buffers[name].dtype.itemsize
-        return TileSpec("attention", (b, g, split, splits), (*rest, *caches), tuple(writes), moved, flops)
+        reads = (*rest, *caches)
+        tasks = []
+        for split in range(splits):
+            if splits == 1:
+                writes = write_accesses(node.out, node.store, ranges, buffers)
+            else:
+                partial, stats = partial_names(node)
+                at = ((b, b + 1), heads, (split, split + 1))
+                writes = [Access(partial, (*at, (0, node.d.size))), Access(stats, (*at, (0, 2)))]
+            moved = read + access_bytes(writes, buffers)
+            if node.append and split == 0:
+                rows = [(node.append.keys, node.key_index), (node.append.values, node.value_index)]
+                for name, idx in rows:
+                    box = index_box(idx, buffers[name].shape, ranges)
+                    writes.append(Access(name, box, partition, Side.AT))
+                    moved += node.d.size * buffers[name].dtype.itemsize
+            tasks.append(TileSpec("attention", (b, g, split, splits), reads, tuple(writes), moved, flops))
+        return tasks
 
     def _combine(
         self, node: Attention, buffers: Mapping[str, Buffer], b: int, start: int, stop: int, splits: int
