@@ -32,7 +32,7 @@ def generate(schedule: Schedule, target: Target) -> Program:
     for index, node in enumerate(tg.graph.nodes):
         if isinstance(node, RowMap) and shifts_in_place(node, tg.buffers):
             raise Unsupported("an in-place shift of a tensor has no device form yet", origin=node.origin)
-        for op, body in bodies(node, tg.buffers, split=index in split).items():
+        for op, body in bodies(node, tg.buffers, split=index in split, flagged=tg.flagged).items():
             if len(body.operands) > abi.MAX_OPERANDS:
                 raise Unsupported(f"{node.name} uses {len(body.operands)} buffers; {abi.MAX_OPERANDS} fit", origin=node.origin)
             found[index, op] = body

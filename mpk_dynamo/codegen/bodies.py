@@ -28,33 +28,29 @@ class Body:
     operands: tuple[str, ...]
 
 
-def bodies(node: Node, buffers: Mapping[str, Buffer], *, split: bool = False) -> dict[str, Body]:
-    """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines."""
+def bodies(
+    node: Node, buffers: Mapping[str, Buffer], *, split: bool = False, flagged: frozenset[str] = frozenset()
+) -> dict[str, Body]:
+    """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines. `flagged`: storages whose
+    elements are their own flags."""
     if isinstance(node, RowMap):
-        return {"row_map": _row_map(node, buffers)}
+        return {"row_map": _row_map(node, buffers, flagged)}
     if isinstance(node, Linear):
-        return {"linear": _linear(node, buffers)}
-    found = {"attention": _attention(node, buffers, split)}
+        return {"linear": _linear(node, buffers, flagged)}
+    found = {"attention": _attention(node, buffers, split, flagged)}
     if split:
-        found["attention_combine"] = _combine(node, buffers)
+        found["attention_combine"] = _combine(node, buffers, flagged)
     return found
 
 
-def _store(out: str, index: tuple[Expr, ...], buffers: Mapping[str, Buffer], emitter: Emitter, value: str) -> str:
-    buffer = buffers[out]
-    slot = emitter.operands.slot(out)
-    offset = emitter.offset(buffer, index)
-    return f"store1(c.template pointer<{MEMORY_TYPE[buffer.dtype]}>({slot}) + ({offset}), {value});"
-
-
-def _row_map(node: RowMap, buffers: Mapping[str, Buffer]) -> Body:
+def _row_map(node: RowMap, buffers: Mapping[str, Buffer], flagged: frozenset[str]) -> Body:
     operands = Operands()
     rows = row_dims(node)
     if not reductions(node.body):
         flat = split_index("e", node.dims)
-        emitter = Emitter(buffers, operands, {v: n for v, (n, _) in flat.items()}, origin=node.origin)
+        emitter = Emitter(buffers, operands, {v: n for v, (n, _) in flat.items()}, flagged=flagged, origin=node.origin)
         value = emitter.emit(node.body)
-        store = _store(node.out, node.store, buffers, emitter, value)
+        store = emitter.store(node.out, node.store, value)
         decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
         lines = "\n    ".join([decode, *emitter.lines, store])
         text = (
@@ -71,8 +67,8 @@ def _row_map(node: RowMap, buffers: Mapping[str, Buffer]) -> Body:
         tuple((n, v) for v, (n, _) in flat.items()),
         inner,
         node.body,
-        lambda names: Emitter(buffers, operands, names, origin=node.origin),
-        lambda emitter, value: _store(node.out, node.store, buffers, emitter, value),
+        lambda names: Emitter(buffers, operands, names, flagged=flagged, origin=node.origin),
+        lambda emitter, value: emitter.store(node.out, node.store, value),
     )
     decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
     text = (
@@ -83,7 +79,7 @@ def _row_map(node: RowMap, buffers: Mapping[str, Buffer]) -> Body:
     return Body("row_map", "row_map", text, tuple(operands.names))
 
 
-def _linear(node: Linear, buffers: Mapping[str, Buffer]) -> Body:
+def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]) -> Body:
     operands = Operands()
     weight = buffers[node.parts[0].weights[0]]
     joint = max(len(p.weights) for p in node.parts)
@@ -108,25 +104,32 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer]) -> Body:
     lines.append(f"  static constexpr int REDUCTIONS = {len(found)};")
     along_k = [substitute(r.body, {r.var: node.k}) for r in found]
     held = list(dict.fromkeys(ld for e in (*along_k, node.x) for ld in aligned_loads(e, buffers, node.k, width)))
-    members = " ".join(f"Pack<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};" for i, ld in enumerate(held))
+    held = [ld for ld in held if buffers[ld.buffer].storage not in flagged or ld.dtype.itemsize * width % 16 == 0]
+    packs = ["FlaggedPack" if buffers[ld.buffer].storage in flagged else "Pack" for ld in held]
+    members = " ".join(
+        f"{pack}<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};" for i, (pack, ld) in enumerate(zip(packs, held))
+    )
     lines.append(f"  struct Held {{ {members} }};")
-    fixed, moving = [], []
+    fixed, moving, polled = [], [], []
     for i, ld in enumerate(held):
-        emitter = Emitter(buffers, operands, {node.t: "t", node.k: "k0"}, origin=node.origin)
+        emitter = Emitter(buffers, operands, {node.t: "t", node.k: "k0"}, flagged=flagged, origin=node.origin)
         address = emitter.address(ld, node.k)
         written = buffers[ld.buffer].kind not in (BufferKind.PARAM, BufferKind.INPUT)
         (moving if written else fixed).append(f"{{ {' '.join(emitter.lines)} held.v{i}.load({address} + k0); }}")
+        if packs[i] == "FlaggedPack":
+            polled.append(f"{{ {' '.join(emitter.lines)} held.v{i}.settle(c, {address} + k0); }}")
     lines.append(
         "  template <bool FIXED, class Ctx> MPK_DEVICE static void load(Ctx& c, int t, int k0, Held& held) {\n"
         f"    if constexpr (FIXED) {{ {' '.join(fixed)} }}\n    else {{ {' '.join(moving)} }}\n  }}"
     )
+    lines.append(f"  {TEMPLATE} MPK_DEVICE static void poll(Ctx& c, int t, int k0, Held& held) {{ {' '.join(polled)} }}")
     names: dict[Expr, str] = {node.t: "t"}
 
     def vector(body: Expr) -> str:
         used = [i for i, ld in enumerate(held) if ld in set(loads(body))]
         arrays = " ".join(f"float a{i}[{width}]; held.v{i}.unpack(a{i});" for i in used)
         inner = Emitter(
-            buffers, operands, {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}}, origin=node.origin
+            buffers, operands, {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}}, flagged=flagged, origin=node.origin
         )
         value = inner.emit(body)
         return (
@@ -159,23 +162,34 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer]) -> Body:
             if ld.dtype.is_float and ld.dtype is not DType.F64 and all(bounds(e) is not None for e in ld.index)
         ]
         most = max(most, len(early))
-        emitter = Emitter(buffers, operands, {node.t: "t", p.n: "n"}, origin=p.origin)
-        fetched = [f"held[{j}] = load1({emitter.address(ld)});" for j, ld in enumerate(early)]
+        emitter = Emitter(buffers, operands, {node.t: "t", p.n: "n"}, flagged=flagged, origin=p.origin)
+        fetched = [
+            f"held[{j}] = load_bits({emitter.address(ld)});" if emitter.is_flagged(ld.buffer)
+            else f"held[{j}] = __float_as_uint(load1({emitter.address(ld)}));"
+            for j, ld in enumerate(early)
+        ]  # fmt: skip
         holds.append(f"    if (part == {i}) {{ {' '.join(emitter.lines)} {' '.join(fetched)} }}")
         accumulators = {acc(j): f"y[{j}]" for j in range(len(p.weights))}
-        known = {node.t: "t", p.n: "n", **accumulators, **{ld: f"held[{j}]" for j, ld in enumerate(early)}}
-        emitter = Emitter(buffers, operands, known, origin=p.origin)
+        known = {node.t: "t", p.n: "n", **accumulators}
+        settling = Emitter(buffers, operands, known, flagged=flagged, origin=p.origin)
+        for j, ld in enumerate(early):
+            known[ld] = f"__uint_as_float(held[{j}])"
+            if settling.is_flagged(ld.buffer):
+                kind = MEMORY_TYPE[buffers[ld.buffer].dtype]
+                known[ld] = f"float_of<{kind}>(settle(c, held[{j}], {settling.address(ld)}))"
+        emitter = Emitter(
+            buffers, operands, known, counter=settling.counter, flagged=flagged, origin=p.origin)
         value = emitter.emit(p.epilogue)
-        store = _store(p.out, p.store, buffers, emitter, value)
-        cases.append(f"    if (part == {i}) {{ {' '.join(emitter.lines)} {store} return; }}")
+        store = emitter.store(p.out, p.store, value)
+        cases.append(f"    if (part == {i}) {{ {' '.join((*settling.lines, *emitter.lines))} {store} return; }}")
     lines.append(f"  static constexpr int HOLD = {max(most, 1)};")
     lines.append(
-        f"  {TEMPLATE} MPK_DEVICE static void hold(Ctx& c, u32 part, int t, int n, float (&held)[HOLD]) {{\n"
+        f"  {TEMPLATE} MPK_DEVICE static void hold(Ctx& c, u32 part, int t, int n, u32 (&held)[HOLD]) {{\n"
         + "\n".join(holds) + "\n  }"
     )  # fmt: skip
     lines.append(
         f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}], "
-        "const float (&held)[HOLD]) {\n" + "\n".join(cases) + "\n  }"
+        "const u32 (&held)[HOLD]) {\n" + "\n".join(cases) + "\n  }"
     )
     return Body("linear", "linear_mma" if geometry.tiled else "linear", "\n".join(lines) + "\n", tuple(operands.names))
 
@@ -199,7 +213,7 @@ def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str
             raise Unsupported(f"cache {buffer.name}: rows do not start at 16-byte boundaries", origin=origin)
 
 
-def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool) -> Body:
+def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flagged: frozenset[str]) -> Body:
     operands = Operands()
     keys, values = buffers[node.keys], buffers[node.values]
     if keys.dtype is not values.dtype or not keys.dtype.is_float or keys.dtype is DType.F64:
@@ -220,7 +234,7 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool) -> B
     ]
 
     def make(names: Mapping[Expr, str]) -> Emitter:
-        return Emitter(buffers, operands, names, origin=node.origin)
+        return Emitter(buffers, operands, names, flagged=flagged, origin=node.origin)
 
     def row(name: str, head: Var, body: Expr) -> str:
         text = row_function(
@@ -271,24 +285,32 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool) -> B
         lines.append(f"  {TEMPLATE} MPK_DEVICE static void store(Ctx&, int, int, int, float) {{}}")
         operands.slot(f"{node.name}.partial")
         operands.slot(f"{node.name}.stats")
+        call = "publish(p, v)" if f"{node.name}.partial" in flagged else "*p = v"
+        lines.append(f"  MPK_DEVICE static void partial(float* p, float v) {{ {call}; }}")
     else:
-        lines.append(_attention_store(node, buffers, operands))
+        lines.append("  MPK_DEVICE static void partial(float*, float) {}")
+        lines.append(_attention_store(node, buffers, operands, flagged))
     return Body("attention", "attention", "\n".join(lines) + "\n", tuple(operands.names))
 
 
-def _attention_store(node: Attention, buffers: Mapping[str, Buffer], operands: Operands) -> str:
-    emitter = Emitter(buffers, operands, {node.b: "b", node.h: "h", node.d: "d"}, origin=node.origin)
-    text = _store(node.out, node.store, buffers, emitter, "value")
+def _attention_store(
+    node: Attention, buffers: Mapping[str, Buffer], operands: Operands, flagged: frozenset[str]
+) -> str:
+    emitter = Emitter(buffers, operands, {node.b: "b", node.h: "h", node.d: "d"}, flagged=flagged, origin=node.origin)
+    text = emitter.store(node.out, node.store, "value")
     return f"  {TEMPLATE} MPK_DEVICE static void store(Ctx& c, int b, int h, int d, float value) {{ {' '.join(emitter.lines)} {text} }}"
 
 
-def _combine(node: Attention, buffers: Mapping[str, Buffer]) -> Body:
+def _combine(node: Attention, buffers: Mapping[str, Buffer], flagged: frozenset[str]) -> Body:
     operands = Operands()
     operands.slot(f"{node.name}.partial")
     operands.slot(f"{node.name}.stats")
     lines = [
         f"  static constexpr int H = {node.h.size}, D = {node.d.size};",
-        _attention_store(node, buffers, operands),
+        f"  {TEMPLATE} MPK_DEVICE static float partial_value(const Ctx& c, u32 bits, const float* p) {{ return __uint_as_float("
+        + ("settle(c, bits, p)" if f"{node.name}.partial" in flagged else "bits")
+        + "); }",
+        _attention_store(node, buffers, operands, flagged),
     ]
     return Body("attention_combine", "attention_combine", "\n".join(lines) + "\n", tuple(operands.names))
 

@@ -64,17 +64,20 @@ class Emitter:
         operands: Operands,
         names: Mapping[Expr, str],
         *,
+        flagged: frozenset[str] = frozenset(),
         counter: list[int] | None = None,
         origin: str = "",
     ) -> None:
-        self.buffers, self.operands, self.origin = buffers, operands, origin
+        self.buffers, self.operands, self.flagged, self.origin = buffers, operands, flagged, origin
         self.names: dict[Expr, str] = dict(names)
         self.lines: list[str] = []
         self.counter = counter if counter is not None else [0]
 
     def child(self, names: Mapping[Expr, str] = {}) -> "Emitter":
         """A nested block: sees this block's values, its own stay inside."""
-        return Emitter(self.buffers, self.operands, {**self.names, **names}, counter=self.counter, origin=self.origin)
+        return Emitter(
+            self.buffers, self.operands, {**self.names, **names}, flagged=self.flagged, counter=self.counter, origin=self.origin
+        )
 
     def emit(self, e: Expr) -> str:
         """Identifier or literal that holds the value of e in this block."""
@@ -104,7 +107,7 @@ class Emitter:
 
     def _value(self, e: Expr) -> str:
         if isinstance(e, Load):
-            return f"load1({self.address(e)})"
+            return f"load_flagged(c, {self.address(e)})" if self.is_flagged(e.buffer) else f"load1({self.address(e)})"
         assert isinstance(e, Op)
         args = [self.emit(c) for c in e.children]
         if e.name == "cast":
@@ -152,6 +155,18 @@ class Emitter:
             raise Unsupported(f"{buffer.name} has more than 2**31 elements", origin=self.origin)
         parts = ([] if affine is index(0) and dynamic else [self.emit(affine)]) + dynamic
         return " + ".join(parts)
+
+    def is_flagged(self, buffer: str) -> bool:
+        """Whether reads of a buffer poll and writes to it publish."""
+        return self.buffers[buffer].storage in self.flagged
+
+    def store(self, out: str, idx: tuple[Expr, ...], value: str) -> str:
+        """The statement that stores a value."""
+        buffer = self.buffers[out]
+        slot = self.operands.slot(out)
+        offset = self.offset(buffer, idx)
+        call = "publish" if self.is_flagged(out) else "store1"
+        return f"{call}(c.template pointer<{MEMORY_TYPE[buffer.dtype]}>({slot}) + ({offset}), {value});"
 
     def address(self, e: Load, skip: Var | None = None) -> str:
         buffer = self.buffers[e.buffer]
@@ -272,16 +287,27 @@ def row_function(
         lines.append("const int first = g.rank;")
         emitter = make({**names, **inner})
         early: dict[Expr, str] = {}
+        settling = make({**names, **inner})
         for root in [*(b for _, b in reduced), body]:
             for ld, conditions in guarded_loads(root):
                 if ld in early or not ld.dtype.is_float or ld.dtype is DType.F64:
                     continue
                 guard = " && ".join(emitter.emit(x) for x in conditions) or "true"
-                early[ld] = f"early{len(early)}[u]"
-                emitter.lines.append(f"if ({guard}) {early[ld]} = load1({emitter.address(ld)});")
+                name = f"early{len(early)}[u]"
+                if emitter.is_flagged(ld.buffer):
+                    kind = MEMORY_TYPE[emitter.buffers[ld.buffer].dtype]
+                    emitter.lines.append(f"if ({guard}) {name} = load_bits({emitter.address(ld)});")
+                    again = " && ".join(settling.emit(x) for x in conditions) or "true"
+                    settling.lines.append(f"if ({again}) {name} = settle(c, {name}, {settling.address(ld)});")
+                    early[ld] = f"float_of<{kind}>({name})"
+                else:
+                    emitter.lines.append(f"if ({guard}) {name} = __float_as_uint(load1({emitter.address(ld)}));")
+                    early[ld] = f"__uint_as_float({name})"
         if early:
-            lines.append(" ".join(f"float early{i}[BATCH];" for i in range(len(early))))
+            lines.append(" ".join(f"u32 early{i}[BATCH];" for i in range(len(early))))
             lines += ["#pragma unroll", f"{each} {' '.join(emitter.lines)} }} }}"]
+            if settling.lines:
+                lines += ["#pragma unroll", f"{each} {' '.join(settling.lines)} }} }}"]
             inner |= early
     else:
         reduced = []

@@ -19,7 +19,7 @@ class References:
 
     def __init__(self, schedule: Schedule) -> None:
         self.buffers = schedule.tasks.buffers
-        self.arena = schedule.arena
+        self.arena, self.flagged = schedule.arena, schedule.tasks.flagged
         storages = {b.storage: b for b in self.buffers.values() if b.kind is not BufferKind.SCRATCH}
         self.bindings = tuple(storages)
         self._binding = {name: i for i, name in enumerate(self.bindings)}
@@ -28,7 +28,8 @@ class References:
 
     def of(self, buffer: Buffer, offset_bytes: int = 0) -> int:
         if buffer.kind is BufferKind.SCRATCH:
-            return abi.ARENA_REF | (self.arena[buffer.storage] + offset_bytes)
+            flag = abi.FLAGGED_REF if buffer.storage in self.flagged else 0
+            return abi.ARENA_REF | flag | (self.arena[buffer.storage] + offset_bytes)
         if offset_bytes >= 1 << 40:
             raise Unsupported(f"{buffer.name} is larger than 1 TiB")
         return self._binding[buffer.storage] << 40 | offset_bytes

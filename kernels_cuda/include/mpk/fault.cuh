@@ -1,5 +1,9 @@
 // Bounded waits. A wait that runs out writes one fault record to pinned host memory (the first wins) and raises the
 // launch's abort flag; every other wait sees the flag and gives up, so that the kernel ends and the context lives.
+//
+// Consumers only look at `aborted`: a clock and a call in each of their waits would cost registers in every task body.
+// The control warp watches them (see control() in megakernel.cuh); what they find wrong themselves they leave in
+// `pending`, for it to report.
 #pragma once
 #include "mpk/ptx.cuh"
 
@@ -8,13 +12,15 @@ namespace mpk {
 // Shared by all roles of a worker; in shared memory.
 struct Health {
   volatile u32 aborted;
+  volatile u32 pending, kind, task, slot, needed, seen;  // a consumer's finding, for the control warp
+  volatile u32 streaming;                                // the consumers have their inputs and read the ring
   u32* abort_flag;  // device memory, one per launch stream
   Fault* record;    // pinned host memory
   u64 timeout_ns;
   u32 worker, epoch;
 };
 
-enum FaultKind : u32 { kEvent = 0, kRingFill = 1, kRingRelease = 2, kCacheFull = 3, kIndex = 4 };
+enum FaultKind : u32 { kEvent = 0, kRingFill = 1, kRingRelease = 2, kCacheFull = 3, kIndex = 4, kPublish = 5 };
 
 __device__ __noinline__ void report(Health& h, u32 kind, u32 task, u32 slot, u32 needed, u32 seen) {
   h.aborted = 1;
@@ -29,6 +35,12 @@ __device__ __noinline__ void report(Health& h, u32 kind, u32 task, u32 slot, u32
     h.record->epoch = h.epoch;
     ptx::store_release_system(&h.record->state, 2);
   }
+}
+
+__device__ __noinline__ void report_pending(Health& h) {
+  if (!h.pending) return;
+  h.pending = 0;
+  report(h, h.kind, h.task, h.slot, h.needed, h.seen);
 }
 
 // Counts polls; looks at the clock and at the abort flag only now and then. `give_up` when the bound has passed.

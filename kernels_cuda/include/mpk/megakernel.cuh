@@ -2,8 +2,8 @@
 // warp fetches the next task's descriptor while this one runs, resolves its pointers, and polls its events (one poller
 // per SM). Queues are computed at compile time and are data.
 #pragma once
+#include "mpk/flag.cuh"
 #include "mpk/ring.cuh"
-#include "mpk/scalar.cuh"
 
 namespace mpk {
 
@@ -46,10 +46,31 @@ struct Context {
   // is being abandoned, return.
   MPK_DEVICE bool wait() const {
     mark(0);
+    shared.health.streaming = 0;
+    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&shared.ring.idle);
     ptx::barrier(kBarReady, kConsumers + 32);
-    if (threadIdx.x == 0) shared.ring.waiting = 0;
     mark(1);
     return !ready->stop;
+  }
+  // The inputs are here and the ring is being read: the loader may use its whole flight.
+  MPK_DEVICE void streaming() const {
+    if (threadIdx.x == 0) {
+      shared.ring.waiting = 0;
+      shared.health.streaming = 1;
+    }
+    mark(1);
+  }
+  // Abandon the launch: something the host must hear of. The first finding counts.
+  MPK_DEVICE void fail(u32 kind, u32 slot, u32 needed, u32 seen) const {
+    Health& h = shared.health;
+    if (h.aborted) return;
+    h.kind = kind;
+    h.task = ready->task.id;
+    h.slot = slot;
+    h.needed = needed;
+    h.seen = seen;
+    h.pending = 1;
+    h.aborted = 1;
   }
   // Timeline: clock of this SM at a phase of the task (0: waits, 1: runs, 2: computed, 3: signalled).
   MPK_DEVICE void mark(u32 phase) const {
@@ -62,15 +83,16 @@ struct Context {
   // An index that comes from data: outside its tensor it is reported and clamped, never followed.
   MPK_DEVICE i64 checked(i64 i, i64 size) const {
     if (static_cast<u64>(i) < static_cast<u64>(size)) return i;
-    report(shared.health, kIndex, ready->task.id, 0, static_cast<u32>(size), static_cast<u32>(i));
+    fail(kIndex, 0, static_cast<u32>(size), static_cast<u32>(i));
     return 0;
   }
 };
 
 template <class L>
-MPK_DEVICE void* resolve(const L& launch, u64 ref) {
+MPK_DEVICE void* resolve(const L& launch, u64 ref, u32 epoch) {
   if (ref == NO_REF) return nullptr;
-  const u64 base = (ref & ARENA_REF) ? launch.fixed.arena : launch.pointers[static_cast<u32>(ref >> 40)];
+  u64 base = (ref & ARENA_REF) ? launch.fixed.arena : launch.pointers[static_cast<u32>(ref >> 40)];
+  if ((ref & ARENA_REF) && (ref & FLAGGED_REF) && (epoch & 1)) base += launch.fixed.flagged_bytes;
   return reinterpret_cast<void*>(base + (ref & ((1ull << 40) - 1)));
 }
 
@@ -94,7 +116,7 @@ MPK_DEVICE void loader(const L& launch, SharedState<C>& s, const Queue& queue) {
     __syncwarp();
     if (first + lane < queue.run_count) {
       const Run r = runs[first + lane];
-      s.run[lane] = {{static_cast<const char*>(resolve(launch, r.base0)), static_cast<const char*>(resolve(launch, r.base1))},
+      s.run[lane] = {{static_cast<const char*>(resolve(launch, r.base0, 0)), static_cast<const char*>(resolve(launch, r.base1, 0))},
                      r.rows, r.row_bytes, r.copy, r.tiled};
     }
     __syncwarp();
@@ -121,12 +143,22 @@ MPK_DEVICE void fetch(const L& launch, SharedState<C>& s, Ready& ready, u32 inde
   if (lane < sizeof(Task) / 4) reinterpret_cast<u32*>(&ready.task)[lane] = reinterpret_cast<const u32*>(&task)[lane];
   __syncwarp();
   const Task& t = ready.task;
-  if (lane < t.operand_count) ready.pointer[lane] = resolve(launch, table<Operand>(launch, TABLE_OPERANDS)[t.operands + lane].ref);
+  if (lane < t.operand_count) ready.pointer[lane] = resolve(launch, table<Operand>(launch, TABLE_OPERANDS)[t.operands + lane].ref, s.health.epoch);
   if (lane < t.wait_count) s.wait[lane] = table<Wait>(launch, TABLE_WAITS)[t.waits + lane];
   if (lane < min(t.signal_count, MAX_WAITS)) ready.signal[lane] = table<Signal>(launch, TABLE_SIGNALS)[t.signals + lane].slot;
   if (t.arg[7] > 0 && lane < static_cast<u32>(t.arg[7]))
     ready.segment[lane] = table<Segment>(launch, TABLE_SEGMENTS)[t.arg[6] + lane];
   __syncwarp();
+}
+
+// Wait until the consumers are done with a task, and end the launch when that takes too long.
+template <class C>
+MPK_DEVICE void watch(SharedState<C>& s, u32 turn, u32 task) {
+  Patience patience;
+  bool expired;
+  while (!ptx::mbarrier_test(&s.ring.idle, turn & 1))
+    if (patience.give_up(s.health, expired) && expired) report(s.health, s.health.streaming ? kRingFill : kPublish, task, 0, 1, 0);
+  report_pending(s.health);
 }
 
 template <class C, class L>
@@ -152,18 +184,24 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
           }
         }
       }
+      watch(s, i, i ? s.ready[(i - 1) & 1].task.id : 0);
       ready.stop = s.health.aborted;  // one decision for both roles
     }
     __syncwarp();
     ptx::barrier(kBarReady, kConsumers + 32);
-    if (ready.stop) break;
+    if (ready.stop) return;
   }
+  if (lane == 0 && queue.task_count) watch(s, queue.task_count, s.ready[(queue.task_count - 1) & 1].task.id);
 }
 
 template <class C, class P, class L>
 MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) {
   Context<C> context(s);
   u32* control = reinterpret_cast<u32*>(launch.fixed.control);
+  // Sentinels into the set of flagged buffers that the next launch uses; the end of this one orders them.
+  ptx::Vec4* clean = reinterpret_cast<ptx::Vec4*>(launch.fixed.flagged + (s.health.epoch & 1 ? 0 : launch.fixed.flagged_bytes));
+  for (u64 i = blockIdx.x * kConsumers + threadIdx.x; i < launch.fixed.flagged_bytes / 16; i += gridDim.x * kConsumers)
+    clean[i] = {~0u, ~0u, ~0u, ~0u};
   for (u32 i = 0; i < queue.task_count; ++i) {
     const Ready& ready = s.ready[i & 1];
     ptx::barrier(kBarFetched, kConsumers + 32);
@@ -173,14 +211,15 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
     context.mark(2);
     // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
     // gpu-scope release is cumulative.
-    context.barrier();
     const u32 signals = ready.task.signal_count;
+    if (signals) context.barrier();
     for (u32 k = threadIdx.x; k < signals; k += kConsumers) {
       const u32 slot = k < MAX_WAITS ? ready.signal[k] : table<Signal>(launch, TABLE_SIGNALS)[ready.task.signals + k].slot;
       ptx::red_add_release(control + CONTROL_EVENTS + slot * EVENT_STRIDE, 1);
     }
     context.mark(3);
   }
+  if (queue.task_count && !s.ready[(queue.task_count - 1) & 1].stop && (threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&s.ring.idle);
 }
 
 // C: configuration (SLOTS, SLOT_BYTES, SCRATCH), P: dispatch over task bodies, L: launch parameters.
@@ -191,7 +230,7 @@ MPK_DEVICE void megakernel(const L& launch) {
   u32* control_block = reinterpret_cast<u32*>(launch.fixed.control);
   if (threadIdx.x == 0) {
     s.ring.init();
-    s.health.aborted = 0;
+    s.health.aborted = s.health.pending = s.health.streaming = 0;
     s.health.abort_flag = control_block + CONTROL_ABORT;
     s.health.record = reinterpret_cast<Fault*>(launch.fixed.fault);
     s.health.timeout_ns = launch.fixed.timeout_ns;

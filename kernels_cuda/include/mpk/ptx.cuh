@@ -119,6 +119,21 @@ MPK_DEVICE Vec4 load_global(const void* p) {
   return v;
 }
 
+// Flag-in-data: single-copy atomic per element, coherent at gpu scope, never from L1.
+MPK_DEVICE Vec4 load_relaxed(const Vec4* p) {
+  Vec4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+MPK_DEVICE u32 load_relaxed(const unsigned short* p) {
+  unsigned short v;
+  asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+  return v;
+}
+MPK_DEVICE void store_relaxed(unsigned short* p, unsigned short v) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+}
+
 MPK_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -22,6 +22,7 @@ template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
   alignas(128) char slot[SLOTS][SLOT_BYTES];
   u64 full[SLOTS], empty[SLOTS];
+  u64 idle;              // consumer warps that have come to the wait for their next task
   volatile u32 waiting;  // the consumers have nothing to do but wait for an event
 
   MPK_DEVICE void init() {
@@ -33,6 +34,7 @@ struct Ring {
 #endif
       ptx::mbarrier_init(&empty[i], kConsumerWarps);
     }
+    ptx::mbarrier_init(&idle, kConsumerWarps);
     waiting = 0;
   }
 };
@@ -70,7 +72,7 @@ struct RingReader {
   Cursor<SLOTS> at;
   MPK_DEVICE RingReader(R& r, Health& h) : ring(r), health(h) {}
   MPK_DEVICE const char* wait() {
-    wait_barrier(ring, &ring.full[at.index], at.phase, health, kRingFill, at.index);
+    while (!ptx::mbarrier_test(&ring.full[at.index], at.phase) && !health.aborted) {}
     return ring.slot[at.index];
   }
   MPK_DEVICE void release() {
@@ -161,7 +163,13 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
         ptx::mbarrier_expect(bar, n * m);
         const char* from = run.base[j] + static_cast<u64>(row) * run.row_bytes + column;
         char* to = w.ring.slot[w.at.index];
-        for (u32 r = 0; r < m; ++r, from += run.row_bytes, to += run.copy + kTilePad) ptx::bulk_copy(to, from, n, bar, policy);
+        if (m == kTileRows) {  // unrolled: a copy's operands move to uniform registers, whose latency then overlaps
+#pragma unroll
+          for (u32 r = 0; r < kTileRows; ++r)
+            ptx::bulk_copy(to + r * (run.copy + kTilePad), from + static_cast<u64>(r) * run.row_bytes, n, bar, policy);
+        } else {
+          for (u32 r = 0; r < m; ++r, from += run.row_bytes, to += run.copy + kTilePad) ptx::bulk_copy(to, from, n, bar, policy);
+        }
         w.issued();
       }
     }

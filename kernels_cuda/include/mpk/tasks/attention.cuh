@@ -8,7 +8,8 @@
 // N (generated): Cache (element type); G (query heads per KV head), D, S, APPEND, MASK (0 none, 1 bool, 2 additive),
 // MASK_PER_HEAD, SCALE; q_row(c, group, b, h, store), key_row, value_row(c, group, b, g, store) with store(d, value); position(c, b),
 // first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements; new_key_at, new_value_at:
-// the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value).
+// the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value);
+// partial(pointer, value), partial_value(c, bits, pointer): partial results, flagged or not.
 #pragma once
 #include "mpk/group.cuh"
 
@@ -41,7 +42,7 @@ MPK_DEVICE void attention(Ctx& c) {
   if constexpr (N::APPEND) {
     const i64 p = N::position(c, b);
     if (static_cast<u64>(p) < static_cast<u64>(N::S)) position = static_cast<int>(p);
-    else if (threadIdx.x == 0) report(c.shared.health, kCacheFull, c.ready->task.id, 0, N::S, static_cast<u32>(p));
+    else if (threadIdx.x == 0) c.fail(kCacheFull, 0, N::S, static_cast<u32>(p));
   }
   const int lo = max(0, static_cast<int>(N::first(c, b))), hi = min(N::S, static_cast<int>(N::last(c, b)));
   const int chunk = (max(0, hi - lo) + splits - 1) / splits;
@@ -188,10 +189,10 @@ MPK_DEVICE void attention(Ctx& c) {
         N::store(c, b, head, d, sum != 0.0f ? out / sum : 0.0f);
       } else {
         const int at = (b * N::H + head) * splits + split;
-        c.template pointer<float>(c.arg(4))[at * D + d] = out;
+        N::partial(c.template pointer<float>(c.arg(4)) + at * D + d, out);
         if (d == 0) {
-          c.template pointer<float>(c.arg(5))[at * 2] = top;
-          c.template pointer<float>(c.arg(5))[at * 2 + 1] = sum;
+          N::partial(c.template pointer<float>(c.arg(5)) + at * 2, top);
+          N::partial(c.template pointer<float>(c.arg(5)) + at * 2 + 1, sum);
         }
       }
     }
@@ -207,18 +208,26 @@ MPK_DEVICE void attention_combine(Ctx& c) {
   const float* partial = c.template pointer<float>(c.arg(4));
   const float* stats = c.template pointer<float>(c.arg(5));
   constexpr float kLog2e = 1.4426950408889634f;
-  constexpr int BATCH = 16;
+  constexpr int BATCH = 8;
   for (int i = threadIdx.x; i < (h1 - h0) * N::D; i += kConsumers) {
     const int h = h0 + i / N::D, d = i % N::D, at = (b * N::H + h) * splits;
     float top = -infinity(), sum = 0.0f, out = 0.0f;
     for (int s0 = 0; s0 < splits; s0 += BATCH) {  // all loads of a batch are under way together
+      u32 raw[3][BATCH];
       float m[BATCH], l[BATCH], p[BATCH];
+      const auto place = [&](int u) { return at + min(s0 + u, splits - 1); };
 #pragma unroll
       for (int u = 0; u < BATCH; ++u) {
-        const int s = at + min(s0 + u, splits - 1);
-        m[u] = stats[s * 2];
-        l[u] = s0 + u < splits ? stats[s * 2 + 1] : 0.0f;
-        p[u] = partial[s * N::D + d];
+        raw[0][u] = load_bits(stats + place(u) * 2);
+        raw[1][u] = load_bits(stats + place(u) * 2 + 1);
+        raw[2][u] = load_bits(partial + place(u) * N::D + d);
+      }
+#pragma unroll
+      for (int u = 0; u < BATCH; ++u) {
+        m[u] = N::partial_value(c, raw[0][u], stats + place(u) * 2);
+        l[u] = N::partial_value(c, raw[1][u], stats + place(u) * 2 + 1);
+        p[u] = N::partial_value(c, raw[2][u], partial + place(u) * N::D + d);
+        if (s0 + u >= splits) l[u] = 0.0f;
       }
       float next = top;
 #pragma unroll

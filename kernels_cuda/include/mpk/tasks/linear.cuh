@@ -7,7 +7,8 @@
 // shared memory by the thread that owns the row. One owner and a fixed order: bit-identical from run to run.
 //
 // N (generated): Element; T, K, JOINT, COPY_BYTES; the prologue along k, VECTOR columns at a time: Held, what it reads
-// (load<true>: operands that nothing writes, before the events have come; load<false>: the rest), REDUCTIONS over k,
+// (load<true>: operands that nothing writes, before the events have come; load<false>: the rest; poll: waits for what is
+// flagged), REDUCTIONS over k,
 // each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out); unpack(bytes, out);
 // joint(part): weights of a part; hold(c, part, t, n, held): what the epilogue reads, before the weights stream by;
 // epilogue(c, part, t, n, acc[JOINT], held).
@@ -114,11 +115,15 @@ MPK_DEVICE void linear(Ctx& c) {
 #pragma unroll
     for (int p = 0; p < OWN; ++p)
       if (own(p)) N::template load<false>(c, 0, column(p), held[p]);
+#pragma unroll
+    for (int p = 0; p < OWN; ++p)
+      if (own(p)) N::poll(c, 0, column(p), held[p]);
     float red[N::REDUCTIONS + 1];
     prologue_reductions<N, 0>(c, g, 0, held, red);
 #pragma unroll
     for (int p = 0; p < OWN; ++p)
       if (own(p)) N::x(c, 0, column(p), held[p], red, x[p]);
+    c.streaming();
   } else {
     if (!c.wait()) return;
   }
@@ -130,7 +135,7 @@ MPK_DEVICE void linear(Ctx& c) {
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS, turn ^= 1) {
       const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
       float* sums = partial[turn];
-      float kept[N::HOLD];
+      u32 kept[N::HOLD];
       if (N::T == 1 && static_cast<int>(threadIdx.x) < rows) N::hold(c, seg.part, 0, seg.row + block + threadIdx.x, kept);
       for (int first = 0; first < rows; first += S::BATCH_ROWS) {
         if constexpr (N::T == 1) {
@@ -191,6 +196,7 @@ MPK_DEVICE void linear(Ctx& c) {
 #pragma unroll 1
               for (int j = 0; j < joint; ++j) {
                 const char* bytes = c.ring.wait();
+                if (s == 0 && block == 0) c.streaming();
 #pragma unroll 1
                 for (int t = 0; t < N::T; ++t) {
                   float acc[S::GROUP_ROWS];
@@ -205,6 +211,7 @@ MPK_DEVICE void linear(Ctx& c) {
                       typename N::Held held;
                       N::template load<true>(c, t, k, held);
                       N::template load<false>(c, t, k, held);
+                      N::poll(c, t, k, held);
                       N::x(c, t, k, held, nullptr, xs);
 #pragma unroll
                       for (int r = 0; r < S::GROUP_ROWS; ++r) {

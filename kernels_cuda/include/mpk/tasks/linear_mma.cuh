@@ -58,23 +58,33 @@ MPK_DEVICE void linear_mma(Ctx& c) {
       for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
         const int columns = min(S::CHUNK, N::K - chunk * S::CHUNK);
         u32 a[S::GROUPS][S::TOKENS / 8][4];
+        typename N::Held held[S::GROUPS][S::TOKENS / 8];
+        const auto column = [&](int i) { return (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8; };
+        const auto each = [&](auto&& visit) {
 #pragma unroll
-        for (int i = 0; i < S::GROUPS; ++i) {
-          const int k = (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8;
+          for (int i = 0; i < S::GROUPS; ++i)
 #pragma unroll
-          for (int h = 0; h < S::TOKENS / 8; ++h) {
-            float x[8];
-            const bool live = k < columns && g + h * 8 < N::T;
-            if (live) {
-              typename N::Held held;
-              N::template load<true>(c, g + h * 8, chunk * S::CHUNK + k, held);
-              N::template load<false>(c, g + h * 8, chunk * S::CHUNK + k, held);
-              N::x(c, g + h * 8, chunk * S::CHUNK + k, held, nullptr, x);
-            }
+            for (int h = 0; h < S::TOKENS / 8; ++h)
+              if (column(i) < columns && g + h * 8 < N::T) visit(i, h, g + h * 8, chunk * S::CHUNK + column(i));
+        };
+        each([&](int i, int h, int t, int k) {
+          N::template load<true>(c, t, k, held[i][h]);
+          N::template load<false>(c, t, k, held[i][h]);
+        });
+        each([&](int i, int h, int t, int k) { N::poll(c, t, k, held[i][h]); });
 #pragma unroll
-            for (int e = 0; e < 4; ++e) a[i][h][e] = live ? pack2<E>(x[2 * e], x[2 * e + 1]) : 0;
-          }
-        }
+        for (int i = 0; i < S::GROUPS; ++i)
+#pragma unroll
+          for (int h = 0; h < S::TOKENS / 8; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[i][h][e] = 0;
+        each([&](int i, int h, int t, int k) {
+          float x[8];
+          N::x(c, t, k, held[i][h], nullptr, x);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) a[i][h][e] = pack2<E>(x[2 * e], x[2 * e + 1]);
+        });
+        if (s == 0 && block == 0 && chunk == 0) c.streaming();
 #pragma unroll
         for (int tile = 0; tile < S::TILES; ++tile) {
           if (tile >= tiles) continue;
@@ -127,7 +137,7 @@ MPK_DEVICE void linear_mma(Ctx& c) {
 #pragma unroll
               for (int w = 0; w < static_cast<int>(kConsumerWarps); ++w) y[j] += from[w * S::ENTRY];
             }
-            float kept[N::HOLD];
+            u32 kept[N::HOLD];
             N::hold(c, seg.part, t, seg.row + block + row, kept);
             N::epilogue(c, seg.part, t, seg.row + block + row, y, kept);
           }
