@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from .importer import Importer
 
 
-def filled(imp: Importer, call: Call, value: Any) -> View:
-    """A tensor of the call's shape and dtype with one value: a Python number, or a tensor of one element."""
+def fill_value(value: Any, dtype: DType) -> Expr:
+    """One value, a Python number or a tensor of one element, in `dtype`."""
     if isinstance(value, View):
-        return imp.emit(call, convert(value.load(tuple(E.index(0) for _ in value.shape)), call.dtype))
-    return imp.emit(call, convert(constant(value, wide(call.dtype)), call.dtype))
+        return convert(value.load(tuple(E.index(0) for _ in value.shape)), dtype)
+    return convert(constant(value, wide(dtype)), dtype)
+
+
+def filled(imp: Importer, call: Call, value: Any) -> View:
+    """A tensor of the call's shape and dtype with one value."""
+    return imp.emit(call, fill_value(value, call.dtype))
 
 
 @lowers("zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "empty_permuted", "empty_strided")

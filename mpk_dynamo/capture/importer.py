@@ -165,7 +165,7 @@ class Importer:
         memory.versions += 1
         name = f"{old.storage}@{memory.versions}"
         self.buffers[name] = replace(old, name=name)
-        self.nodes.append(RowMap(call.name, dims, body, name, store, call.origin))
+        self.nodes.append(RowMap(self.fresh(call.name), dims, body, name, store, call.origin))
         memory.buffer = name
 
     def before_write(self, memory: Memory, origin: str) -> None:

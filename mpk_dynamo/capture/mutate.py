@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..ir import expr as E
 from ..ir.expr import Expr, op
 from ..ir.graph import RowMap
-from .create import filled
+from .create import fill_value
 from .pointwise import RULES, evaluated
 from .registry import LOWERINGS, Call, lowers
 from .values import View, bounded, broadcast, convert, points, variables
@@ -106,8 +106,7 @@ def copy(imp: Importer, call: Call) -> View:
 @lowers("fill_", "zero_")
 def fill(imp: Importer, call: Call) -> View:
     target: View = call["self"]
-    value = filled(imp, call, call.get("value", 0))
-    return write(imp, call, target, value.load(points(target.shape)))
+    return write(imp, call, target, fill_value(call.get("value", 0), target.dtype))
 
 
 @lowers("index_copy_", "index_copy")

@@ -12,6 +12,7 @@ from mpk_dynamo.capture import Captured, capture
 from mpk_dynamo.ir.graph import is_callers
 from mpk_dynamo.ops import operator_of
 from mpk_dynamo.ops.evaluate import TORCH_DTYPE
+from mpk_dynamo.verify import verify_graph
 
 
 def execute(found: Captured, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -41,6 +42,7 @@ class Grab:
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         found = capture(gm, inputs)
+        verify_graph(found.graph)
         self.found.append(found)
         return lambda *args: execute(found, args)
 
