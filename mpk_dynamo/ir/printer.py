@@ -62,6 +62,8 @@ def print_access(a: Access) -> str:
 def print_tasks(tg: TaskGraph) -> str:
     waits, signals = tg.waits(), tg.signals()
     lines = [f"{len(tg.tasks)} tasks, {len(tg.events)} events"]
+    if tg.flagged:
+        lines.append(f"flagged {' '.join(sorted(tg.flagged))}")
     for t in tg.tasks:
         lines.append(
             f"t{t.id} {tg.graph.nodes[t.node].name}.{t.op}{list(t.tile)} wait {waits[t.id]} signal {signals[t.id]}"
@@ -75,7 +77,11 @@ def print_tasks(tg: TaskGraph) -> str:
 def print_schedule(s: Schedule) -> str:
     lines = [f"{s.workers} workers, arena {s.arena_bytes} bytes, {len(set(s.slots))} event slots"]
     lines += [f"worker {w}: {' '.join(f't{t}' for t in q)}" for w, q in enumerate(s.queues)]
-    lines += [f"arena {name} at {offset}" for name, offset in s.arena.items()]
+    if s.flagged_bytes:
+        sets = f"{s.flagged_start} and {s.flagged_start + s.flagged_bytes}"
+        lines.append(f"flagged: sets of {s.flagged_bytes} bytes at {sets}")
+    for name, offset in s.arena.items():
+        lines.append(f"arena {name} at {offset}" + (" flagged" if name in s.tasks.flagged else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -7,13 +7,15 @@ from ...ir.tasks import TaskGraph
 from .assign_slots import assign_slots
 from .order_queues import order_queues
 from .place import place
+from .plan_flagged import plan_flagged
 from .plan_memory import plan_memory
 
-__all__ = ["assign_slots", "order_queues", "place", "plan_memory", "schedule"]
+__all__ = ["assign_slots", "order_queues", "place", "plan_flagged", "plan_memory", "schedule"]
 
 
 def schedule(tg: TaskGraph, workers: int) -> Schedule:
     """A static schedule of `tg` on `workers` equal workers."""
     queues = order_queues(place(tg, workers), workers)
-    arena, arena_bytes = plan_memory(tg, queues)
-    return Schedule(tg, queues, arena, arena_bytes, assign_slots(tg))
+    arena, plain_bytes = plan_memory(tg, queues)
+    places, start, size = plan_flagged(tg, plain_bytes)
+    return Schedule(tg, queues, arena | places, start + 2 * size, assign_slots(tg), start, size)

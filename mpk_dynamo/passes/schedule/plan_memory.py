@@ -1,4 +1,4 @@
-"""Where each scratch storage lies in the arena."""
+"""Where each plain (not flagged) scratch storage lies in the arena."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Life:
 
 
 def plan_memory(tg: TaskGraph, queues: Sequence[Sequence[int]] = ()) -> tuple[dict[str, int], int]:
-    """Byte offset of each SCRATCH storage, and the size of the arena; multiples of 256 bytes.
+    """Byte offset of each plain SCRATCH storage, and the size of the region they need; multiples of 256 bytes.
 
     Two storages share bytes only if every user of one is ordered, by events and queues, before every user of the
     other: being last in the task list is not enough. Large storages are placed first, each in the tightest gap
@@ -45,7 +45,7 @@ def _lives(tg: TaskGraph, queues: Sequence[Sequence[int]]) -> dict[str, _Life]:
     lives: dict[str, _Life] = {}
     by_buffer: dict[str, _Life] = {}
     for buffer in tg.buffers.values():
-        if buffer.kind is BufferKind.SCRATCH:
+        if buffer.kind is BufferKind.SCRATCH and buffer.storage not in tg.flagged:
             life = by_buffer[buffer.name] = lives.setdefault(buffer.storage, _Life())
             life.size = max(life.size, ALIGNMENT * max(1, -(-buffer.nbytes // ALIGNMENT)))
     for task, before in zip(tg.tasks, predecessors(tg, queues)):

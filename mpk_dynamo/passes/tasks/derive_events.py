@@ -8,7 +8,8 @@ from .order_conflicts import order_conflicts
 
 
 def derive_events(tg: TaskGraph) -> TaskGraph:
-    """The same tasks with events that order every conflicting pair, with few signals and waits per task.
+    """The same tasks with events that order every conflicting pair, with few signals and waits per task. Accesses to
+    flagged storages need none.
 
     Events that `tg` has are replaced. Producers have smaller ids than waiters; each task waits for one event at
     most, and tasks without predecessors for none.

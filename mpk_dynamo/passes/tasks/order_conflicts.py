@@ -8,6 +8,10 @@ Aho, Garey, Ullman 1972); tasks that need the same set of producers share one co
 Sets of tasks are Python integers used as bitsets. What makes it fast for tens of thousands of tasks with
 all-to-all dependencies: the set of producers is found once per distinct extent and state of the storage, and
 reduced once per distinct set.
+
+A read of a flagged storage waits for its data by itself. This brings no event, and implies none either: a poll that
+has seen the data says nothing about other memory, so what two tasks share beside a flagged storage is ordered as if
+that storage did not exist.
 """
 
 from __future__ import annotations
@@ -155,11 +159,14 @@ _Resolved = tuple[tuple[_Storage, int], ...]
 
 
 def _resolve(tg: TaskGraph) -> list[tuple[_Resolved, _Resolved]]:
-    """Accesses of each task as (storage, index of extent). Storages that no task writes are left out."""
+    """Accesses of each task as (storage, index of extent). Storages that no task writes are left out, and flagged
+    ones: their readers poll."""
     storages: dict[str, _Storage] = {}
     for task in tg.tasks:
         for access in task.writes:
-            storages.setdefault(tg.buffers[access.buffer].storage, _Storage())
+            name = tg.buffers[access.buffer].storage
+            if name not in storages and name not in tg.flagged:
+                storages[name] = _Storage()
     by_buffer = {name: storages[b.storage] for name, b in tg.buffers.items() if b.storage in storages}
 
     def resolve(accesses: tuple[Access, ...]) -> _Resolved:
