@@ -10,12 +10,14 @@ from ..ir.program import Program
 from ..ir.tasks import TaskGraph, task_name
 
 _SIZE_KINDS = (3, 4)  # kinds whose `needed` is a size and `seen` an index
+_UNPUBLISHED = 5
 _REMEDIES = {
     0: "raise timeout_s if other work occupies the GPU; otherwise please report this with the dump directory",
     1: "please report this with the dump directory",
     2: "please report this with the dump directory",
     3: "allocate a larger cache (max_cache_len)",
     4: "check token ids and positions against the sizes of the model",
+    5: "raise timeout_s if other work occupies the GPU; otherwise please report this with the dump directory",
 }
 
 
@@ -35,6 +37,8 @@ def explain(record: Mapping[str, int], program: Program) -> DeviceFault:
     elif kind == 0:
         detail = f"{_event_text(tg, schedule.slots, task_id, slot)}, needed {needed}, seen {seen}"
         detail += f" ({(needed - seen) & 0xFFFFFFFF} signals missing)"
+    elif kind == _UNPUBLISHED:
+        detail = _flagged_text(tg, task_id)
     else:
         detail = f"ring slot {slot}, needed {needed}, seen {seen}"
     message = f"worker {int(record['worker'])}, {where}: {what}: {detail}, launch {int(record['epoch'])}"
@@ -50,6 +54,19 @@ def _event_text(tg: TaskGraph, slots: tuple[int, ...], task_id: int, slot: int) 
     names = [task_name(tg, tg.tasks[t]) for t in event.producers[:3]]
     more = f" and {len(event.producers) - 3} more" if len(event.producers) > 3 else ""
     return f"event {event.id} in slot {slot}, which {', '.join(names)}{more} signal"
+
+
+def _flagged_text(tg: TaskGraph, task_id: int) -> str:
+    """What a task polls, and who should have written it."""
+    if task_id >= len(tg.tasks):
+        return "of no known task"
+    polled = list(
+        dict.fromkeys(a.buffer for a in tg.tasks[task_id].reads if tg.buffers[a.buffer].storage in tg.flagged)
+    )
+    writers = [t for t in tg.tasks if any(a.buffer in polled for a in t.writes)]
+    names = ", ".join(task_name(tg, t) for t in writers[:3])
+    more = f" and {len(writers) - 3} more" if len(writers) > 3 else ""
+    return f"an element of {' or '.join(polled) or 'no buffer'}, written by {names or 'nobody'}{more}"
 
 
 def _signed(value: int) -> int:

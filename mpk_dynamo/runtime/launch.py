@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FAULT_WRITTEN = 2
 _FIXED_BYTES = abi.LAUNCH_FIXED.dtype.itemsize
 _TABLE_ALIGNMENT = 16
+_SENTINEL_BYTE = 0xFF
 _CAPTURES_KEPT = 16
 
 
@@ -162,7 +163,8 @@ class Executable:
         """The Binding for a stream: made once per stream, and once per CUDA graph capture.
 
         A capture gets memory of its own, from the graph's pool, because the graph may be replayed on any stream, at
-        the same time as a launch on the stream that captured it. Its control block is zeroed by a node of the graph.
+        the same time as a launch on the stream that captured it. Nodes of the graph zero its control block and clear
+        both sets of flagged buffers: a replay starts at epoch 0.
         """
         ident = self.device.capture_id(stream)
         if ident:
@@ -179,9 +181,14 @@ class Executable:
         return found
 
     def _new_binding(self, stream: int) -> Binding:
-        arena = self.device.empty(self.program.schedule.arena_bytes)
+        schedule = self.program.schedule
+        arena = self.device.empty(schedule.arena_bytes)
+        start, size = schedule.flagged_start, schedule.flagged_bytes
+        if size:
+            arena[start : start + 2 * size].fill_(_SENTINEL_BYTE)
         control = self.device.zeros(self._control_bytes)
         fixed = {**self._fixed, "arena": arena.data_ptr(), "control": control.data_ptr()}
+        fixed |= {"flagged": arena.data_ptr() + start, "flagged_bytes": size}
         handle = self.device.stream_handle(stream)
         return Binding(fixed, len(self.program.bindings), handle, (arena, control))
 

@@ -52,7 +52,7 @@ def with_outputs(program, *outputs):
 
 def test_the_parameter_is_the_abi_struct_and_the_pointers():
     fixed = {"tables": list(range(1, len(abi.TABLES) + 1)), "arena": 1 << 40, "control": 7, "fault": 8, "profile": 9}
-    fixed |= {"timeout_ns": (1 << 63) + 5, "flight": 4, "flight_waiting": 1}
+    fixed |= {"timeout_ns": (1 << 63) + 5, "flight": 4, "flight_waiting": 1, "flagged": 1 << 41, "flagged_bytes": 512}
     binding = Binding(fixed, 3, None, ())
     binding.bind([11, (1 << 64) - 1, 13])
     record = np.frombuffer(binding.bytes, abi.LAUNCH_FIXED.dtype, count=1)[0]
@@ -298,6 +298,47 @@ def test_a_record_that_is_only_claimed_is_no_fault_yet():
     record["state"] = 1
     executable.check_fault()
     callable_of(executable, ARGUMENTS)(*tensors())
+
+
+def flagged_program():
+    """The toy program, with its scratch buffer flagged: a set of 512 bytes behind 256 others."""
+    program = toy_program.program()
+    tasks = dataclasses.replace(program.schedule.tasks, flagged=frozenset("t"), events=())
+    schedule = dataclasses.replace(
+        program.schedule,
+        tasks=tasks,
+        arena={"t": 256},
+        arena_bytes=1280,
+        flagged_start=256,
+        flagged_bytes=512,
+        slots=(),
+    )
+    return dataclasses.replace(program, schedule=schedule)
+
+
+def test_both_sets_of_flagged_buffers_hold_the_sentinel_at_first():
+    executable = make(program=flagged_program())
+    w, x, _, n = tensors()
+    bound = (torch.empty(toy_program.SIZE), w, n, x)
+    with executable.prepared() as binding:
+        arena, _ = binding._keep
+        assert (arena[:256] == 0xA5).all() and (arena[256:] == 0xFF).all() and len(arena) == 1280
+        record = np.frombuffer(binding.bytes, abi.LAUNCH_FIXED.dtype, count=1)[0]
+        assert record["arena"] == arena.data_ptr() and record["flagged"] == arena.data_ptr() + 256
+        assert record["flagged_bytes"] == 512
+        binding.bind([t.data_ptr() for t in bound])
+    # a capture has sets of its own
+    with executable.device.capturing(stream=3, ident=1), executable.prepared() as binding:
+        other, _ = binding._keep
+        assert other.data_ptr() != arena.data_ptr() and (other[256:] == 0xFF).all()
+        binding.bind([t.data_ptr() for t in bound])
+
+
+def test_an_unpublished_value_names_buffer_and_writer():
+    record = {"state": 2, "kind": 5, "worker": 1, "task": 1, "slot": 0, "needed": 1, "seen": 0, "epoch": 7}
+    text = str(explain(record, flagged_program()))
+    assert "task 1 (model.copy#copy[0]): a value was not published" in text
+    assert "an element of t, written by model.add#add[0], launch 7" in text and "timeout_s" in text
 
 
 @pytest.mark.parametrize("kind", range(len(abi.FAULT_KINDS) + 1))
