@@ -162,7 +162,7 @@ def _describe(report: Report, graph: "Graph", schedule: "Schedule") -> None:
     report.graph_nodes = len(graph.nodes)
     report.node_kinds = dict(Counter(type(n).__name__ for n in graph.nodes))
     report.tasks, report.task_kinds = len(tasks.tasks), dict(Counter(t.op for t in tasks.tasks))
-    report.events = len(tasks.events)
+    report.events, report.flagged = len(tasks.events), len(tasks.flagged)
     report.edges = sum(len(e.producers) + len(e.waiters) for e in tasks.events)
     report.workers, report.arena_bytes = schedule.workers, schedule.arena_bytes
     report.bytes, report.flops = sum(t.bytes for t in tasks.tasks), sum(t.flops for t in tasks.tasks)

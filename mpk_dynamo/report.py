@@ -27,6 +27,7 @@ class Report:
     tasks: int = 0
     task_kinds: dict[str, int] = field(default_factory=dict)
     events: int = 0
+    flagged: int = 0  # buffers whose readers poll the data instead of waiting for an event
     edges: int = 0  # producer-to-event and event-to-waiter links
     workers: int = 0
     arena_bytes: int = 0
@@ -61,7 +62,7 @@ class Report:
             return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
         return (
             f"{self.outcome or 'lowered'}: {self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "
-            f"{self.tasks} tasks, {self.events} events, {self.workers} workers, {self.bytes / 1e6:.1f} MB per call, "
+            f"{self.tasks} tasks, {self.events} events, {self.flagged} flagged buffers, {self.workers} workers, {self.bytes / 1e6:.1f} MB per call, "
             f"compiled in {self.total_seconds:.1f} s"
         )
 

@@ -110,6 +110,7 @@ def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
             ("after fusion", f"{r.graph_nodes} nodes: {_counts(r.node_kinds)}"),
             ("tasks", f"{r.tasks}: {_counts(r.task_kinds)}"),
             ("events", f"{r.events} counters, {r.edges} edges"),
+            ("flagged buffers", f"{r.flagged}, polled by their readers"),
             ("workers", f"{r.workers}"),
             ("scratch arena", f"{r.arena_bytes / 1e3:.1f} kB"),
             ("work per call", f"{r.bytes / 1e6:.1f} MB, {r.flops / 1e9:.2f} GFLOP"),
