@@ -32,7 +32,7 @@ REDUCE = frozenset(("sum", "max", "min"))
 class Expr:
     """Base of all expressions. `dtype` is the type of the value, `children` the direct operands."""
 
-    __slots__ = ("dtype", "children", "_free", "_buffers", "_loads", "_reductions")
+    __slots__ = ("dtype", "children", "_free", "_buffers", "_depth", "_loads", "_reductions")
     dtype: DType
     children: tuple["Expr", ...]
 
@@ -57,6 +57,15 @@ class Expr:
                 out |= {self.buffer}
             self._buffers = out
             return out
+
+    @property
+    def depth(self) -> int:
+        """Operators on the longest path into the expression."""
+        try:
+            return self._depth
+        except AttributeError:
+            self._depth: int = 1 + max((c.depth for c in self.children), default=0)
+            return self._depth
 
     def __repr__(self) -> str:
         return render(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import graphs
@@ -98,14 +99,18 @@ def test_upcast_result_is_stored_narrow() -> None:
     assert {b.dtype for b in g.buffers.values() if b.kind is BufferKind.SCRATCH} == {BF16, DType.I32}
 
 
-def test_whole_model_size_takes_about_a_second_or_two() -> None:
-    import time
-
+def test_whole_model_takes_about_a_second() -> None:
+    """36 layers, 2,865 nodes. The unit of time is a plain loop of five million steps on the same machine, some 0.2 s
+    on an idle core; fusion takes about four such units."""
     g = graphs.decoder(Model(36, 1, 4096, heads=32, kv_heads=8, size=128, ff=12288, vocab=151936, capacity=1024))
     start = time.process_time()
+    total = 0
+    for k in range(5_000_000):
+        total += k
+    unit = time.process_time() - start
     g = fused(g)
     assert len(g.nodes) == 36 * 6 + 5
-    assert time.process_time() - start < 8, "several times slower than it was"
+    assert time.process_time() - start - unit < 12 * unit, "several times slower than it was"
 
 
 # --- what must stay ---
@@ -353,6 +358,45 @@ def test_reduction_over_another_length_stays_out_of_a_linear() -> None:
     before = g.graph(small_linear(g, y, 8, "w"))
     after = fused(before)
     assert not E.reductions(find(after, Linear)[0].x)
+    assert_same(before, after)
+
+
+@pytest.mark.parametrize("after_linear", [False, True])
+def test_long_chain_is_cut_into_bounded_nodes(after_linear: bool) -> None:
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, INPUT)
+    if after_linear:
+        x = small_linear(g, x, 16, "w")
+    for _ in range(300):
+        x = g.op("neg", g.op("mul", x, 1.5))
+    before = g.graph(x)
+    after = fused(before)
+    assert 4 <= len(after.nodes) <= 20
+    assert_same(before, after)
+
+
+# --- views, copies, duplicates ---
+
+
+def test_copy_of_a_weight_is_the_weight() -> None:
+    g = Builder()
+    weight = g.caller("w", (8, 16), BF16)
+    x = g.caller("x", (1, 16), BF16, INPUT)
+    turned = g.view(g.transpose(g.caller("v", (16, 8), BF16), 0, 1), (8, 16))
+    before = g.graph(g.linear(x, g.view(weight, (8, 16))), g.linear(x, turned))
+    after = fused(before)
+    # the other one is no plain copy: it stays
+    assert sorted(w for n in find(after, Linear) for p in n.parts for w in p.weights) == sorted(["w", turned.name])
+    assert_same(before, after)
+
+
+def test_same_computation_twice_is_done_once() -> None:
+    g = Builder()
+    x = g.caller("x", (1, 16), BF16, INPUT)
+    twice = [g.op("sin", g.op("add", x, 1.0)) for _ in range(2)]
+    before = g.graph(*(g.op("mul", y, 2.0) for y in twice))
+    after = fused(before)
+    assert sum(getattr(e, "name", "") == "sin" for n in after.nodes for x in expressions(n) for e in E.walk(x)) == 1
     assert_same(before, after)
 
 

@@ -9,6 +9,7 @@ from ...ir import expr as E
 from ...ir.expr import Expr
 from ...ir.graph import Graph, Linear, LinearPart, RowMap
 from .flow import Flow
+from .policy import DEPTH_LIMIT
 from .rewrite import flat_index, replace_loads, solve_flat
 
 
@@ -46,6 +47,8 @@ def _joined(node: Linear, reader: RowMap, flow: Flow) -> Linear | None:
     """`node` with `reader` as the epilogue of the part or parts that it reads."""
     addresses = (*reader.store, *(i for ld in E.loads(reader.body) for i in ld.index))
     if any(not e.buffers.isdisjoint(p.out for p in node.parts) for e in addresses):
+        return None
+    if reader.body.depth + max(p.epilogue.depth for p in node.parts) > DEPTH_LIMIT:
         return None
     read = [p for p in node.parts if p.out in reader.body.buffers]
     rows, outs = read[0].rows, {p.out for p in read}

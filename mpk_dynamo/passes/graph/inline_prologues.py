@@ -8,10 +8,21 @@ from types import UnionType
 
 from ...ir import expr as E
 from ...ir.expr import Expr, Var
-from ...ir.graph import Attention, Graph, Linear, Node, RowMap
+from ...ir.graph import Attention, Graph, Linear, Node, RowMap, expressions
 from .flow import Flow
 from .inline import inlined
-from .policy import FEW_READERS, NESTED_LIMIT, PROLOGUE_WEIGHT, RECOMPUTE, is_cheap, is_gathering, is_slow, weight, work
+from .policy import (
+    DEPTH_LIMIT,
+    FEW_READERS,
+    PROLOGUE_WEIGHT,
+    RECOMPUTE,
+    SIZE_LIMIT,
+    is_cheap,
+    is_gathering,
+    is_slow,
+    weight,
+    work,
+)
 from .rewrite import data_independent, plain_load
 
 
@@ -83,6 +94,8 @@ def _is_light(node: RowMap, readers: list[int], flow: Flow) -> bool:
 
 def _fused(node: RowMap, reader: int, flow: Flow) -> Node | None:
     old = flow[reader]
+    if node.body.depth + max(e.depth for e in expressions(old)) > DEPTH_LIMIT:
+        return None
     new = inlined(node, old, flow)
     return new if new is not None and fits(new, old) and flow.allows(reader, new) else None
 
@@ -136,7 +149,7 @@ def _pointwise(x: Expr) -> bool:
 
 
 def _is_small(x: Expr) -> bool:
-    return sum(1 for _ in E.walk(x)) <= NESTED_LIMIT
+    return sum(1 for _ in E.walk(x)) <= SIZE_LIMIT
 
 
 def work_of(node: Node) -> int:

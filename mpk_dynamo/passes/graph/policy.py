@@ -45,9 +45,13 @@ RECOMPUTE = 1 << 16
 tenth of the wait that it saves. Slow functions are not done again at all: a sine that every head would compute costs
 registers as well."""
 
-NESTED_LIMIT = 512
-"""Distinct sub-expressions of one node, at most, so that generated code and its registers stay bounded when
-a result is read at several offsets (a shift, a rotation)."""
+SIZE_LIMIT = 512
+"""Distinct sub-expressions of one expression, at most, so that generated code and its registers stay bounded when
+a result is read at several offsets (a shift, a rotation). Norm and rotary embedding of a query take about 80."""
+
+DEPTH_LIMIT = 160
+"""Nesting of one expression, at most, so that recursive functions over it stay far from Python's limit (1000 frames,
+two or three per level). Norm and rotary embedding of a query take about 30."""
 
 
 def weight(x: Expr) -> int:
