@@ -26,7 +26,7 @@ struct AttentionShape {
   static constexpr int ROWS = N::G + 2;                 // q rows, new key, new value
   static constexpr int SCRATCH = (ROWS * N::D + static_cast<int>(kConsumerWarps) * HEADS * (N::D + 2)) * 4;
   static_assert(N::D % 8 == 0 && N::D <= 256, "head size");
-  static constexpr int UNROLL = HEADS > 2 ? 2 : 4;
+  static constexpr int UNROLL = 4;
 };
 
 template <class N, class Ctx>
