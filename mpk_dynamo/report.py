@@ -62,8 +62,8 @@ class Report:
             return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
         return (
             f"{self.outcome or 'lowered'}: {self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "
-            f"{self.tasks} tasks, {self.events} events, {self.flagged} flagged buffers, {self.workers} workers, {self.bytes / 1e6:.1f} MB per call, "
-            f"compiled in {self.total_seconds:.1f} s"
+            f"{self.tasks} tasks, {self.events} events, {self.flagged} flagged buffers, {self.workers} workers, "
+            f"{self.bytes / 1e6:.1f} MB per call, compiled in {self.total_seconds:.1f} s"
         )
 
     def __str__(self) -> str:

@@ -1,4 +1,5 @@
-"""Runs task programs on torch tensors: a TaskGraph in any order its events allow, a Schedule worker by worker."""
+"""Runs task programs on torch tensors: a TaskGraph in any order its events and flagged buffers allow, a Schedule
+worker by worker."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from ..ir.tasks import Task, TaskGraph, task_name
 from ..ir.types import BufferKind
 from ..ops import operator_of
 from ..ops.spec import Memory
+from ..passes.tasks import flagged_edges
 from .memory import bind_callers, fresh_outputs, scratch_in_arena
 
 Pick = Callable[[Sequence[int]], int]
@@ -22,12 +24,23 @@ PICKS = ("program", "reversed", "random")
 
 
 class Progress:
-    """Which events have fired: the same counters the device keeps."""
+    """Which events have fired, and which polls of flagged memory would succeed.
+
+    A flagged box is as an event of the tasks that write it. The device starts a task whose polls do not succeed yet
+    and lets it wait inside, holding its worker: to the order of finished tasks that is the same.
+    """
 
     def __init__(self, tg: TaskGraph) -> None:
         self.tg = tg
+        polls = flagged_edges(tg)
+        self.events = [(e.producers, e.waiters) for e in tg.events] + polls
         self.waits, self.signals = tg.waits(), tg.signals()
-        self.missing = [len(e.producers) for e in tg.events]
+        for e, (writers, readers) in enumerate(polls, len(tg.events)):
+            for task in writers:
+                self.signals[task].append(e)
+            for task in readers:
+                self.waits[task].append(e)
+        self.missing = [len(producers) for producers, _ in self.events]
         self.blockers = [sum(self.missing[e] > 0 for e in waits) for waits in self.waits]
         self.done: list[int] = []
 
@@ -41,7 +54,7 @@ class Progress:
         for e in self.signals[task]:
             self.missing[e] -= 1
             if self.missing[e] == 0:
-                for waiter in self.tg.events[e].waiters:
+                for waiter in self.events[e][1]:
                     self.blockers[waiter] -= 1
                     if not self.blockers[waiter]:
                         freed.append(waiter)
@@ -50,7 +63,7 @@ class Progress:
     def explain(self, task: int) -> str:
         """Why a task cannot run, in the words of the model."""
         done = set(self.done)
-        missing = [p for e in self.waits[task] for p in self.tg.events[e].producers if p not in done]
+        missing = list(dict.fromkeys(p for e in self.waits[task] for p in self.events[e][0] if p not in done))
         names = ", ".join(task_name(self.tg, self.tg.tasks[p]) for p in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         return f"{task_name(self.tg, self.tg.tasks[task])} (t{task}) waits for {names}{more}"
@@ -68,7 +81,8 @@ def _picker(order: str, seed: int) -> Pick:
 
 
 def task_order(tg: TaskGraph, order: str = "program", seed: int = 0) -> list[int]:
-    """An order of all tasks that the events allow: "program" prefers low ids, "reversed" high ones, "random" any.
+    """An order of all tasks that events and flagged buffers allow: "program" prefers low ids, "reversed" high ones,
+    "random" any.
 
     Raises VerificationError (T3) when some tasks never become ready.
     """
@@ -91,7 +105,7 @@ def run_tasks(
     seed: int = 0,
     run: Callable[[Task, Memory], None] | None = None,
 ) -> list[int]:
-    """Run every task once on `memory` (see `allocate`), in an order that the events allow; returns that order.
+    """Run every task once on `memory` (see `allocate`), in an order as `task_order` gives; returns that order.
 
     `run` replaces the execution of a task, e.g. by `guard.checked(tg)`. Raises VerificationError (T3) on deadlock.
     """
@@ -107,7 +121,8 @@ def run_tasks(
 
 
 def interleave(schedule: Schedule, order: str = "round_robin", seed: int = 0) -> list[int]:
-    """A possible order of tasks when workers run their queues: the head of a queue waits until its events fired.
+    """A possible order of tasks when workers run their queues: the head of a queue waits until its events fired and
+    the flagged data it reads is there.
 
     "round_robin": workers take turns, one task each. "program": the first worker that can goes as far as it can;
     "reversed": the last one; "random": any. Raises VerificationError (S2) when all workers wait.
@@ -148,8 +163,9 @@ class Executor:
     """Runs a Schedule on torch tensors (CPU or any device), with the real arena offsets and queue order.
 
     `order` as in `interleave`; "random" draws another interleaving on each call. `poison` fills the arena and the
-    outputs with NaN bytes before each call. Raises VerificationError (S2) at once if the workers would deadlock.
-    Not thread-safe: calls share the arena. Holds on to the parameters of the last call.
+    outputs with NaN bytes before each call; flagged memory is filled in any case, as on the device. Raises
+    VerificationError (S2) at once if the workers would deadlock. Not thread-safe: calls share the arena. Holds on to
+    the parameters of the last call.
     """
 
     def __init__(self, schedule: Schedule, *, order: str = "round_robin", seed: int = 0, poison: bool = False) -> None:
@@ -186,6 +202,9 @@ class Executor:
             self._scratch = scratch_in_arena(self._buffers, self._arena, self.schedule.arena)
         if self.poison:
             self._arena.fill_(0xFF)  # NaN in every floating type
+        elif self.schedule.flagged_bytes:
+            start = self.schedule.flagged_start  # calls do not overlap: one of the two sets is enough here
+            self._arena[start : start + self.schedule.flagged_bytes].fill_(0xFF)
         # a parameter that was bound as it is stays right even when its data is replaced
         stale = {n: b for n, b in self._params.items() if self._bound.get(n, self) is not tensors.get(b.storage)}
         self._bound.update(bind_callers(stale, tensors))

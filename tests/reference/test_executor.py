@@ -16,7 +16,7 @@ from mpk_dynamo.ir.types import BufferKind, DType
 from mpk_dynamo.ops import operator_of
 from mpk_dynamo.ops.sampling import Sample, rms_norm, sample_tensors
 from mpk_dynamo.passes.schedule import schedule
-from mpk_dynamo.passes.tasks import derive_events, tile
+from mpk_dynamo.passes.tasks import choose_flagged, derive_events, flagged_edges, tile
 from mpk_dynamo.reference import Executor, allocate, interleave, run_tasks, task_order
 from mpk_dynamo.reference.guard import check_task, checked
 
@@ -100,13 +100,16 @@ def results(memory):
     return {n: memory[n] for n, b in GRAPH.buffers.items() if b.kind in kinds}
 
 
-def tasks(workers: int):
-    return derive_events(tile(GRAPH, workers))
+def tasks(workers: int, flagged: bool = False):
+    tg = tile(GRAPH, workers)
+    return derive_events(choose_flagged(tg) if flagged else tg)
 
 
+@pytest.mark.parametrize("flagged", [False, True])
 @pytest.mark.parametrize("workers", [1, 4, 16])
-def test_every_order_of_tasks_gives_the_same_bits(workers):
-    tg, runs = tasks(workers), []
+def test_every_order_of_tasks_gives_the_same_bits(workers, flagged):
+    tg, runs = tasks(workers, flagged), []
+    assert bool(tg.flagged) == flagged
     for order, seed in [("program", 0), ("reversed", 0), ("random", 1), ("random", 2)]:
         memory = allocate(tg.buffers, tensors(), poison=True)
         sequence = run_tasks(tg, memory, order, seed)
@@ -145,10 +148,11 @@ def test_an_undeclared_read_is_found():
         check_task(node, tg.buffers, bare, memory)
 
 
+@pytest.mark.parametrize("flagged", [False, True])
 @pytest.mark.parametrize("order", ["round_robin", "program", "reversed", "random"])
 @pytest.mark.parametrize("workers", [1, 3, 16])
-def test_schedules_run_in_a_poisoned_arena(workers, order):
-    tg = tasks(workers)
+def test_schedules_run_in_a_poisoned_arena(workers, order, flagged):
+    tg = tasks(workers, flagged)
     plain = allocate(tg.buffers, tensors(), poison=True)
     run_tasks(tg, plain)
     run = Executor(schedule(tg, workers), order=order, poison=True)
@@ -179,6 +183,44 @@ def test_a_missing_event_changes_the_result_in_some_order():
     bad = allocate(tg.buffers, tensors(), poison=True)
     run_tasks(weak, bad, "reversed")
     assert not torch.equal(good["logits"], bad["logits"])
+
+
+def test_readers_of_flagged_memory_come_after_its_writers():
+    """Without events for it: in every order, every element a task reads has been written."""
+    tg = tasks(16, flagged=True)
+    assert "h1" in tg.flagged and "l0.attention.partial" in tg.flagged and not {"logits", "l0.keys"} & tg.flagged
+    assert len(tg.events) < len(tasks(16).events) / 2
+    for seed in range(5):
+        place = {t: i for i, t in enumerate(task_order(tg, "random", seed))}
+        for writers, readers in flagged_edges(tg):
+            assert max(place[w] for w in writers) < min(place[r] for r in readers)
+    loose = dataclasses.replace(tg, flagged=frozenset())  # neither events nor flags
+    bad, good = (allocate(tg.buffers, tensors(), poison=True) for _ in range(2))
+    run_tasks(loose, bad, "reversed")
+    run_tasks(tg, good, "reversed")
+    assert not torch.equal(good["logits"], bad["logits"])
+
+
+def test_flagged_memory_starts_as_the_sentinel_in_every_call():
+    """A task that leaves out its write shows, also in the second call and without poison."""
+    run = Executor(schedule(tasks(4, flagged=True), 4))
+    assert run(tensors())["logits"].isfinite().all()
+    last = max(t.id for t in run.schedule.tasks.tasks if any(a.buffer == "h2" for a in t.writes))
+    run._bodies[last] = lambda memory: None
+    assert run(tensors())["logits"].isnan().any()
+
+
+def test_a_deadlock_through_flagged_memory_is_an_error():
+    tg = tasks(2, flagged=True)
+    writer = next(t for t in tg.tasks if any(a.buffer == "h0" for a in t.writes))
+    reader = next(t for t in tg.tasks if any(a.buffer == "h0" for a in t.reads))
+    cycle = dataclasses.replace(tg, events=(*tg.events, Event(len(tg.events), (reader.id,), (writer.id,))))
+    with pytest.raises(VerificationError, match=r"T3: .*never become ready; .*embed.* waits for .*qkv"):
+        task_order(cycle)
+    s = schedule(tg, 1)
+    backwards = dataclasses.replace(s, queues=(tuple(reversed(s.queues[0])),))
+    with pytest.raises(VerificationError, match="S2: deadlock"):
+        Executor(backwards)
 
 
 def test_deadlocks_are_errors_that_name_the_tasks():
