@@ -22,7 +22,7 @@ class DType(enum.Enum):
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i64": 8, "i32": 4, "u8": 1, "bool": 1}[self.value]
+        return _ITEMSIZE[self._value_]
 
     @property
     def is_float(self) -> bool:
@@ -32,6 +32,9 @@ class DType(enum.Enum):
     def is_narrow_float(self) -> bool:
         """bf16 and f16: exist only in memory and as roundings, arithmetic on them is done in f32."""
         return self in (DType.BF16, DType.F16)
+
+
+_ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i64": 8, "i32": 4, "u8": 1, "bool": 1}
 
 
 class BufferKind(enum.Enum):

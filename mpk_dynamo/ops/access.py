@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 
-from ..ir.expr import Const, Expr, Load, Op, Reduce, Var, bounds, walk
+from ..ir.expr import Const, Expr, Load, Op, Reduce, Var, bounds, linear_terms, walk
 from ..ir.region import Access, Box, box_size
 from ..ir.types import Buffer
 
@@ -48,10 +48,10 @@ def index_box(index: tuple[Expr, ...], shape: tuple[int, ...], ranges: Ranges) -
 
 
 def loads_over(exprs: Iterable[Expr], ranges: Ranges) -> Iterable[tuple[Load, Ranges]]:
-    """Each load in `exprs`, with the ranges that hold where it stands: a variable that an enclosing reduction
-    binds has its whole range, also when `ranges` narrows a free variable of the same name."""
+    """Each load in `exprs`, in reading order, with the ranges that hold where it stands: a variable that an enclosing
+    reduction binds has its whole range, also when `ranges` narrows a free variable of the same name."""
     seen: set[tuple[Expr, frozenset[Var]]] = set()
-    stack: list[tuple[Expr, frozenset[Var]]] = [(e, frozenset()) for e in exprs]
+    stack: list[tuple[Expr, frozenset[Var]]] = [(e, frozenset()) for e in reversed(tuple(exprs))]
     while stack:
         e, bound = stack.pop()
         if (e, bound) in seen:
@@ -60,7 +60,7 @@ def loads_over(exprs: Iterable[Expr], ranges: Ranges) -> Iterable[tuple[Load, Ra
         if isinstance(e, Load):
             yield e, {v: r for v, r in ranges.items() if v not in bound} if bound else ranges
         inside = bound | {e.var} if isinstance(e, Reduce) and e.var in ranges else bound
-        stack.extend((c, inside) for c in e.children)
+        stack.extend((c, inside) for c in reversed(e.children))
 
 
 def read_accesses(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, Buffer]) -> list[Access]:
@@ -74,6 +74,92 @@ def read_accesses(exprs: Iterable[Expr], ranges: Ranges, buffers: Mapping[str, B
         if box_size(box):
             found.setdefault(ld.buffer, []).append(box)
     return [Access(name, box) for name, boxes in found.items() for box in maximal(boxes)]
+
+
+class Sweep:
+    """`read_accesses(exprs, {**ranges, over: (start, stop)}, buffers)` for many ranges of one variable.
+
+    The boxes of most loads move with the variable or stay where they are, so where they begin and how they move is
+    found once. Where an index depends on the variable in another way, each range is looked at by itself.
+    """
+
+    def __init__(self, exprs: tuple[Expr, ...], over: Var, ranges: Ranges, buffers: Mapping[str, Buffer]) -> None:
+        self._direct = exprs, over, ranges, buffers
+        first = {**ranges, over: (0, 1)}
+        # per buffer: for each load (low, high, step) of each dimension, at the variable's first value, and its size
+        self._loads: dict[str, list[list[tuple[int, int, int, int]]]] | None = {}
+        for ld, where in loads_over(exprs, first):
+            axes = [_moves(e, over, where) for e in ld.index]
+            if None in axes or (over not in where and any(over in e.free for e in ld.index)):
+                self._loads = None
+                break
+            shape = buffers[ld.buffer].shape
+            found = self._loads.setdefault(ld.buffer, [])
+            found.append([(*((0, n - 1, 0) if a == () else a), n) for a, n in zip(axes, shape, strict=True)])
+
+    def __call__(self, start: int, stop: int) -> list[Access]:
+        if self._loads is None:
+            exprs, over, ranges, buffers = self._direct
+            return read_accesses(exprs, {**ranges, over: (start, stop)}, buffers)
+        out = []
+        for name, found in self._loads.items():
+            boxes = []
+            for axes in found:
+                box = []
+                for low, high, step, size in axes:
+                    if step:
+                        low, high = low + step * start, high + step * (stop - 1)
+                    low = low if low > 0 else 0
+                    high = high + 1 if high < size else size
+                    box.append((low, high if high > low else low))
+                boxes.append(tuple(box))
+            boxes = [box for box in boxes if box_size(box)]
+            out += [Access(name, box) for box in (maximal(boxes) if len(boxes) > 1 else boxes)]
+        return out
+
+
+class StoreSweep:
+    """`write_accesses(name, store, {**ranges, over: (start, stop)}, buffers)` for many ranges of one variable."""
+
+    def __init__(
+        self, name: str, store: tuple[Expr, ...], over: Var, ranges: Ranges, buffers: Mapping[str, Buffer]
+    ) -> None:
+        self._direct = name, store, over, ranges, buffers
+        first = {**ranges, over: (0, 1)}
+        axes, shape = [_moves(e, over, first) for e in store], buffers[name].shape
+        moving = [i for i, a in enumerate(axes) if a and a[2]]
+        self._moving: int | None = None
+        if len(moving) == 1 and all(axes):
+            (self._moving,) = moving
+            low, high, step = axes[self._moving]
+            self._box = list(index_box(store, shape, first))
+            others = frozenset().union(*(e.free for e in store)) - {over}
+            # each value of the variable fills a slice of its own, inside the buffer
+            if step != 1 or low != high or low < 0 or low + over.size > shape[self._moving] or (
+                box_size(tuple(self._box)) != points(others, ranges)
+            ):
+                self._moving = None
+            self._offset = low
+
+    def __call__(self, start: int, stop: int) -> list[Access]:
+        name, store, over, ranges, buffers = self._direct
+        if self._moving is None:
+            return write_accesses(name, store, {**ranges, over: (start, stop)}, buffers)
+        box = self._box.copy()
+        box[self._moving] = start + self._offset, stop + self._offset
+        return [Access(name, tuple(box))]
+
+
+def _moves(e: Expr, over: Var, ranges: Ranges) -> tuple[()] | tuple[int, int, int] | None:
+    """(low, high, step): the bounds of an index at the first value of a variable and what they gain at the next;
+    () where they depend on data; None where it is not as simple."""
+    limits = bounds(e, ranges)
+    if over not in e.free:
+        return () if limits is None else (*limits, 0)
+    terms, _ = linear_terms(e)
+    if limits is None or terms.get(over, 0) <= 0 or any(over in t.free for t in terms if t is not over):
+        return None
+    return (*limits, terms[over])
 
 
 def maximal(boxes: list[Box]) -> list[Box]:

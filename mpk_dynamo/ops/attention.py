@@ -84,6 +84,9 @@ class AttentionOperator:
                 tasks += [self._combine(node, buffers, b, *cuts[i : i + 2], splits) for i in range(per_b)]
         return Tiling(tuple(tasks), extra)
 
+    def context(self, node: Attention, graph: Graph, workers: int) -> None:
+        """Nothing."""
+
     def _attention(
         self, node: Attention, buffers: Mapping[str, Buffer], b: int, g: int, splits: int
     ) -> list[TileSpec]:

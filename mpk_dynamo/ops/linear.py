@@ -17,7 +17,7 @@ from ..ir.expr import Expr, acc, cast, index, op, var
 from ..ir.graph import Graph, Linear, LinearPart, Node
 from ..ir.region import Access
 from ..ir.types import Buffer, DType
-from .access import access_bytes, arithmetic, read_accesses, write_accesses
+from .access import StoreSweep, Sweep, access_bytes, arithmetic, read_accesses
 from .evaluate import compile_assignment, compile_exprs, evaluate
 from .sampling import Sample, rms_norm, silu
 from .spec import Memory, TileSpec, Tiling
@@ -73,7 +73,7 @@ def _balanced_cuts(weights: list[int], tasks: int) -> list[int]:
         left_after = len(weights) - position - 1
         target = total * wanted / tasks
         done += weight
-        nearer_here = abs(done - target) <= abs(done + weight - target)
+        nearer_here = abs(done - target) <= abs(done + sum(weights[position + 1 : position + 2]) - target)
         if nearer_here or left_after == tasks - wanted:
             cuts.append(position + 1)
     return [*cuts, len(weights)]
@@ -92,7 +92,8 @@ def phase_of(node: Linear, graph: Graph, workers: int) -> int:
         if other is node:
             break
         if isinstance(other, Linear):
-            blocks = sum(-(-p.rows // granularity(other)) for p in other.parts)
+            block = granularity(other)
+            blocks = sum(-(-p.rows // block) for p in other.parts)
             phase += blocks % workers if blocks >= workers else blocks
     return phase % workers
 
@@ -105,27 +106,36 @@ class LinearOperator:
     def tile(self, node: Linear, graph: Graph, workers: int) -> Tiling:
         """One task per worker, equal in weight bytes."""
         buffers = graph.buffers
-        whole_x = {node.t: (0, node.t.size), node.k: (0, node.k.size)}
+        tokens = {node.t: (0, node.t.size)}
+        whole_x = {**tokens, node.k: (0, node.k.size)}
         x_reads = read_accesses((node.x,), whole_x, buffers)
         x_bytes, x_flops = access_bytes(x_reads, buffers), arithmetic((node.x,), whole_x)
+        sweeps = []
+        for part in node.parts:
+            n = part.n
+            loads = Sweep((part.epilogue, *part.store), n, tokens, buffers)
+            sweeps.append((n, loads, StoreSweep(part.out, part.store, n, tokens, buffers)))
+        every_x = dict.fromkeys(x_reads)
         tasks = []
-        for task in cut_rows(node.parts, workers, granularity(node), phase_of(node, graph, workers)):
-            reads, writes = dict.fromkeys(x_reads), {}
+        for task in cut_rows(node.parts, workers, granularity(node), self.context(node, graph, workers)):
+            reads, writes = every_x.copy(), {}
             moved, flops = x_bytes, x_flops
             for which, row, rows in task:
-                part = node.parts[which]
-                weights = [Access(w, ((row, row + rows), (0, node.k.size))) for w in part.weights]
-                ranges = {node.t: (0, node.t.size), part.n: (row, row + rows)}
-                loaded = read_accesses((part.epilogue, *part.store), ranges, buffers)
-                stored = write_accesses(part.out, part.store, ranges, buffers)
+                part, (n, loads, stores), stop = node.parts[which], sweeps[which], row + rows
+                weights = [Access(w, ((row, stop), (0, node.k.size))) for w in part.weights]
+                loaded, stored = loads(row, stop), stores(row, stop)
                 reads.update(dict.fromkeys([*weights, *loaded]))
                 writes.update(dict.fromkeys(stored))
-                moved += sum(access_bytes(a, buffers) for a in (weights, loaded, stored))
+                moved += access_bytes([*weights, *loaded, *stored], buffers)
                 flops += 2 * node.t.size * node.k.size * rows * len(part.weights)
-                flops += arithmetic((part.epilogue,), ranges)
+                flops += arithmetic((part.epilogue,), {**tokens, n: (row, stop)})
             tile = tuple(i for segment in task for i in segment)
             tasks.append(TileSpec("linear", tile, tuple(reads), tuple(writes), moved, flops))
         return Tiling(tuple(tasks))
+
+    def context(self, node: Linear, graph: Graph, workers: int) -> int:
+        """Where the row ranges that are one block longer begin."""
+        return phase_of(node, graph, workers)
 
     def prepare(
         self, node: Linear, buffers: Mapping[str, Buffer], op: str, tile: tuple[int, ...]

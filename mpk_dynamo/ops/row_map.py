@@ -66,6 +66,9 @@ class RowMapOperator:
         cuts = [rows * i // count for i in range(count + 1)]
         return Tiling(tuple(self._task(node, graph.buffers, a, b) for a, b in zip(cuts, cuts[1:], strict=False)))
 
+    def context(self, node: RowMap, graph: Graph, workers: int) -> None:
+        """Nothing."""
+
     def _task(self, node: RowMap, buffers: Mapping[str, Buffer], start: int, stop: int) -> TileSpec:
         exprs = (node.body, *node.store)
         reads: dict[Access, None] = {}

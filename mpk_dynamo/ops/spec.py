@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +31,8 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tasks of a node in an order in which running them one by one is right, and buffers for partial results."""
+    """Tasks of a node in an order in which running them one by one is right, and buffers for partial results, which
+    are named `<node>.<what>`."""
 
     tasks: tuple[TileSpec, ...]
     buffers: tuple[Buffer, ...] = ()
@@ -43,7 +44,14 @@ class Operator(Protocol):
     name: str
 
     def tile(self, node: Node, graph: Graph, workers: int) -> Tiling:
-        """Cut the node into tasks for `workers` equal workers. Every task declares what it reads and writes."""
+        """Cut the node into tasks for `workers` equal workers. Every task declares what it reads and writes.
+
+        Nodes of equal structure (ops/structure.py) in equal context must be cut alike: one tiling is made and the
+        others are copies with other names. The partition of an access is the text of an expression of the node."""
+        ...
+
+    def context(self, node: Node, graph: Graph, workers: int) -> Hashable:
+        """All that `tile` makes of the graph around the node."""
         ...
 
     def prepare(

@@ -11,7 +11,7 @@ from mpk_dynamo.ir.graph import Graph, Linear, LinearPart, RowMap
 from mpk_dynamo.ir.region import Access
 from mpk_dynamo.ir.types import BufferKind, DType, buffer
 from mpk_dynamo.ops import OPERATORS, operator_of
-from mpk_dynamo.ops.access import arithmetic, read_accesses
+from mpk_dynamo.ops.access import StoreSweep, Sweep, arithmetic, read_accesses, write_accesses
 from mpk_dynamo.ops.attention import key_range, split_count
 from mpk_dynamo.ops.linear import cut_rows, phase_of, segments
 from mpk_dynamo.ops.row_map import row_dims
@@ -131,3 +131,34 @@ def test_in_place_shifts_are_one_task(workers):
     assert len(operator.tile(*shift, workers).tasks) == 1
     node, graph = next((n, g) for n, g in operator.samples() if n.name == "scale_in_place")
     assert len(operator.tile(node, graph, workers).tasks) == min(workers, 3)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-3, 3), st.integers(-4, 9), st.sampled_from(["n", "div", "mod", "k", "data", "max"])),
+        min_size=1, max_size=4,
+    ),
+    st.integers(0, 11), st.integers(1, 12),
+)
+def test_sweeps_say_what_each_range_says(terms, start, length):
+    """Indices that move with n at any step, leave the buffer, split n, or depend on data."""
+    n, k = var("n", 12), var("k", 3)
+    buffers = {"x": buffer("x", F32, (9, 5), BufferKind.INPUT), "p": buffer("p", DType.I64, (12,), BufferKind.INPUT)}
+    made = {
+        "n": n, "k": k, "div": op("floordiv", n, index(5)), "mod": op("mod", n, index(5)),
+        "data": load("p", (n,), DType.I64), "max": op("max", n, index(4)),
+    }
+    idx = [op("add", op("mul", made[kind], index(step)), index(offset)) for step, offset, kind in terms]
+    exprs = tuple(load("x", pair, F32) for pair in zip(idx, [*idx[1:], k], strict=True))
+    stop = min(12, start + length)
+    sweep = Sweep(exprs, n, {k: (1, 3)}, buffers)
+    assert sweep(start, stop) == read_accesses(exprs, {k: (1, 3), n: (start, stop)}, buffers)
+    store = StoreSweep("x", exprs[0].index, n, {k: (1, 3)}, buffers)
+    assert store(start, stop) == write_accesses("x", exprs[0].index, {k: (1, 3), n: (start, stop)}, buffers)
+
+
+def test_a_load_under_a_reduction_over_the_same_variable_is_swept_whole():
+    n = var("n", 6)
+    total = reduce("sum", n, load("x", (n,), F32))
+    buffers = {"x": buffer("x", F32, (6,), BufferKind.INPUT)}
+    assert Sweep((total,), n, {}, buffers)(2, 4) == [Access("x", ((0, 6),))]
