@@ -10,7 +10,8 @@ from ..ir.graph import Graph
 from ..ir.program import Program
 from ..ir.schedule import Schedule
 from ..ir.tasks import TaskGraph
-from .accesses import AccessIndex
+from .accesses import AccessIndex, Storage
+from .flagged_rules import Poll, check_flagged, check_polls, check_sets, polls
 from .graph_rules import check_buffers, check_definitions, check_versions
 from .graph_rules import check_nodes as check_graph_nodes
 from .loader_rules import check_loader
@@ -48,62 +49,69 @@ def verify_graph(graph: Graph) -> Report:
 
 @without_collector
 def verify_tasks(tg: TaskGraph) -> Report:
-    """Rules T1 to T6 and T9 to T11, with tasks ordered by events alone."""
+    """Rules T1 to T6 and T9 to T12, with tasks ordered by events alone."""
     report = Report("tasks")
-    index = _check_declared(tg, report)
+    index, storages, polled = _check_declared(tg, report)
     check_ready(tg)
-    _check_order(tg, index, EventOrder(tg), report)
-    report.proved(T3="waits are for earlier tasks")
+    check_polls(tg, polled)
+    _check_order(tg, index, storages, EventOrder(tg), report)
+    report.proved(T3="waits and polls are for earlier tasks")
     return report.done()
 
 
 @without_collector
 def verify_schedule(s: Schedule, target: object | None = None) -> Report:
-    """Rules S1 to S3, S5 and S6, and the T rules again with tasks ordered by events and queues.
+    """Rules S1 to S3, S5, S6 and S8, and the T rules again with tasks ordered by events and queues.
 
     `target` is a targets.Target; without one S6 is only that there is a worker."""
     report = Report("schedule")
-    index = _check_declared(s.tasks, report)
+    index, storages, polled = _check_declared(s.tasks, report)
     check_workers(s, target)
     check_queues(s)
     check_slots(s)
-    order = QueueOrder(s, replay(s))
-    _check_order(s.tasks, index, order, report)
+    order = QueueOrder(s, replay(s, polled))
+    _check_order(s.tasks, index, storages, order, report)
     check_offsets(s, index)
+    check_sets(s)
     report.count(shared_arena_pairs=check_lifetimes(s, index, order), workers=s.workers)
     report.proved(
         S1="each task is in one queue",
-        S2="queues and events do not block each other",
+        S2="queues, events and polls do not block each other",
         S3="arena memory is reused between ordered lifetimes only",
         S5="event slots are unique",
         S6="workers fit the target" if target is not None else "there are workers; no target given",
+        S8="flagged memory is apart, in two sets",
     )
     return report.done()
 
 
-def _check_declared(tg: TaskGraph, report: Report) -> AccessIndex:
+def _check_declared(tg: TaskGraph, report: Report) -> tuple[AccessIndex, list[Storage], list[Poll]]:
     check_tasks(tg)
     index = AccessIndex(tg)
     check_accesses(tg, index)
     check_events(tg)
     check_nodes(tg, index)
+    storages = index.storages()
+    check_flagged(tg, storages)
+    polled = polls(tg, storages)
     report.count(tasks=len(tg.tasks), events=len(tg.events), accesses=index.accesses, needed_boxes=check_needed(tg))
+    report.count(flagged=len(tg.flagged), polled_boxes=len(polled))
     report.proved(
         T1="accesses are inside their buffers",
         T2="event counts are their numbers of producers",
         T10="tasks touch what their nodes touch",
         T11="tasks read what the elements they write are made of",
+        T12="flagged storages are scratch memory, each element of which is written once",
     )
-    return index
+    return index, storages, polled
 
 
-def _check_order(tg: TaskGraph, index: AccessIndex, order: Order, report: Report) -> None:
-    storages = index.storages()
+def _check_order(tg: TaskGraph, index: AccessIndex, storages: list[Storage], order: Order, report: Report) -> None:
     check_storages(tg, storages, order, report)
     check_unwritten(tg, index.reads, storages)
     check_states(tg, storages)
     report.proved(
-        T4="conflicting accesses are ordered",
+        T4="conflicting accesses are ordered, or are polls",
         T5="no read of unwritten memory",
         T6="outputs and scratch are written once, states where the graph says",
         T9="each access sees the version of a state that the graph says",

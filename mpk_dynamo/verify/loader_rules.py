@@ -14,7 +14,7 @@ from ..ir.tasks import Task
 from ..ir.types import Buffer
 from .accesses import names
 from .program_rules import bound_buffers, span
-from .tables import BINDING_SHIFT, slices, split
+from .tables import ARENA_OFFSET, BINDING_SHIFT, slices, split
 
 SEGMENTS, SEGMENT_COUNT = 6, 7
 """Places in Task.arg of a linear task: its first segment, and how many."""
@@ -117,7 +117,7 @@ def _show(p: Program, refs: list[int]) -> str:
         if ref == abi.NO_REF:
             return "none"
         if ref & abi.ARENA_REF:
-            return f"arena+{ref & (abi.ARENA_REF - 1)}"
+            return f"arena+{ref & ARENA_OFFSET}"
         i = ref >> BINDING_SHIFT
         return f"{p.bindings[i] if i < len(p.bindings) else f'binding {i}'}+{ref & ((1 << BINDING_SHIFT) - 1)}"
 

@@ -13,7 +13,7 @@ from ..ir.program import Program
 from ..ir.schedule import Schedule
 from ..ir.types import Buffer, BufferKind
 from .accesses import names
-from .tables import BINDING_SHIFT, slices
+from .tables import ARENA_OFFSET, BINDING_SHIFT, slices
 
 MAX_THREADS = 1024
 """Threads of a block, on every target."""
@@ -136,10 +136,12 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
 
 
 def _owners(p: Program) -> dict[int, set[str]]:
-    """Storages by the reference of their first byte. Several scratch buffers may start at one place."""
+    """Storages by the reference of their first byte. Several scratch buffers may start at one place; flagged ones
+    are marked as such, for the device to choose the set and the way to read."""
     owner: dict[int, set[str]] = {}
     for name, offset in p.schedule.arena.items():
-        owner.setdefault(abi.ARENA_REF | offset, set()).add(name)
+        flag = abi.FLAGGED_REF if name in p.schedule.tasks.flagged else 0
+        owner.setdefault(abi.ARENA_REF | flag | offset, set()).add(name)
     for i, b in enumerate(bound_buffers(p, p.schedule.tasks.buffers)):
         owner[i << BINDING_SHIFT] = {b.storage}
     return owner
@@ -149,7 +151,8 @@ def _where(p: Program, ref: int, owner: Mapping[int, set[str]]) -> str:
     if ref in owner:
         return " or ".join(sorted(owner[ref]))
     if ref & abi.ARENA_REF:
-        return f"byte {ref & (abi.ARENA_REF - 1)} of an arena of {p.schedule.arena_bytes}, where no buffer starts"
+        kind = "flagged" if ref & abi.FLAGGED_REF else "plain"
+        return f"{kind} byte {ref & ARENA_OFFSET} of an arena of {p.schedule.arena_bytes}, where no such buffer starts"
     binding, offset = ref >> BINDING_SHIFT, ref & ((1 << BINDING_SHIFT) - 1)
     return f"byte {offset} of binding {binding} of {len(p.bindings)}, where no buffer starts"
 

@@ -56,13 +56,13 @@ def check_workers(s: Schedule, target: object | None) -> None:
 
 
 def check_offsets(s: Schedule, index: AccessIndex) -> None:
-    """S3, first half: scratch buffers lie inside the arena, aligned; nothing else does."""
+    """S3, first half: scratch buffers lie inside the arena, aligned; nothing else does. S8 says where flagged ones."""
     buffers = s.tasks.buffers
     for name, offset in s.arena.items():
         b = buffers.get(name)
         if b is None or b.kind is not BufferKind.SCRATCH:
             raise VerificationError("S3", f"the arena holds {name!r}, which is no scratch buffer")
-        if offset % ALIGNMENT or offset < 0 or offset + b.nbytes > s.arena_bytes:
+        if (offset % ALIGNMENT and name not in s.tasks.flagged) or offset < 0 or offset + b.nbytes > s.arena_bytes:
             text = f"{name} of {b.nbytes} bytes at offset {offset}"
             text += f": not a multiple of {ALIGNMENT} inside an arena of {s.arena_bytes} bytes"
             raise VerificationError("S3", text, origin=b.origin)
@@ -72,7 +72,8 @@ def check_offsets(s: Schedule, index: AccessIndex) -> None:
 
 
 def check_lifetimes(s: Schedule, index: AccessIndex, order: QueueOrder) -> int:
-    """S3, second half: buffers that share bytes of the arena are used one after the other. Number of pairs checked.
+    """S3, second half: plain buffers that share bytes of the arena are used one after the other. Number of pairs
+    checked. Flagged ones share none, which is rule S8.
 
     A buffer is over when, on every worker, the last task that touches it is done: `over`, a count per worker. What
     is certain to be done before any task that touches a buffer is the minimum of their clocks: `start`.
@@ -81,7 +82,8 @@ def check_lifetimes(s: Schedule, index: AccessIndex, order: QueueOrder) -> int:
     for g in index.reads + index.writes:
         if g.buffer.kind is BufferKind.SCRATCH:
             users.setdefault(g.buffer.storage, set()).update(g.tasks)
-    live = [name for name in s.arena if users.get(name) and s.tasks.buffers[name].nbytes]
+    plain = [name for name in s.arena if name not in s.tasks.flagged]
+    live = [name for name in plain if users.get(name) and s.tasks.buffers[name].nbytes]
     if not live:
         return 0
     begin = np.array([s.arena[name] for name in live], dtype=np.int64)

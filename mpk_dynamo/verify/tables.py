@@ -11,6 +11,9 @@ from ..ir.program import Program
 BINDING_SHIFT = 40
 """A reference that is not into the arena: the binding above this bit, a byte offset below."""
 
+ARENA_OFFSET = min(abi.ARENA_REF, abi.FLAGGED_REF) - 1
+"""Bits of a reference into the arena that are the offset."""
+
 
 def decode(p: Program) -> dict[str, np.ndarray]:
     """Each table as a structured array. P1 when one is missing, unknown, or no whole number of entries."""
@@ -42,7 +45,6 @@ def split(refs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(in arena, binding, byte offset) of each reference; binding is -1 in the arena."""
     arena = (refs & np.uint64(abi.ARENA_REF)) != 0
     binding = ((refs & np.uint64(abi.ARENA_REF - 1)) >> np.uint64(BINDING_SHIFT)).astype(np.int64)
-    offset = np.where(arena, refs & np.uint64(abi.ARENA_REF - 1), refs & np.uint64((1 << BINDING_SHIFT) - 1)).astype(
-        np.int64
-    )
+    mask = np.where(arena, np.uint64(ARENA_OFFSET), np.uint64((1 << BINDING_SHIFT) - 1))
+    offset = (refs & mask).astype(np.int64)
     return arena, np.where(arena, -1, binding), offset

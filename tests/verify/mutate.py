@@ -8,12 +8,15 @@ from dataclasses import replace
 from mpk_dynamo.ir.region import Access, Side
 from mpk_dynamo.ir.schedule import Schedule
 from mpk_dynamo.ir.tasks import Event, Task, TaskGraph
+from mpk_dynamo.ir.types import DType
 
 
 def task_mutants(tg: TaskGraph) -> Iterator[tuple[str, TaskGraph]]:
     """(what was done, mutant), each one change away from `tg`."""
     for what, events in _event_mutants(tg):
         yield what, replace(tg, events=tuple(events))
+    for what, flagged in _flag_mutants(tg):
+        yield what, replace(tg, flagged=flagged)
     for t in tg.tasks:
         for what, task in _access_mutants(t, tg):
             yield f"t{t.id}: {what}", replace(tg, tasks=(*tg.tasks[: t.id], task, *tg.tasks[t.id + 1 :]))
@@ -28,6 +31,21 @@ def task_mutants(tg: TaskGraph) -> Iterator[tuple[str, TaskGraph]]:
         grown = replace(b, shape=(*b.shape[:-1], b.shape[-1] + 1) if b.shape else (1,))
         buffers = {**tg.buffers, name: grown}
         yield f"tiling changes the shape of {name}", replace(tg, buffers=buffers)
+        if name in tg.flagged:
+            for dtype in (DType.I32, DType.F64, DType.BF16):
+                changed = replace(b, dtype=dtype)
+                graph = replace(tg.graph, buffers={**tg.graph.buffers, name: changed})
+                buffers = {**tg.buffers, name: changed}
+                yield f"flagged {name} is {dtype.value}", replace(tg, graph=graph, buffers=buffers)
+
+
+def _flag_mutants(tg: TaskGraph) -> Iterator[tuple[str, frozenset[str]]]:
+    for name in dict.fromkeys(b.storage for b in tg.buffers.values()):
+        yield f"{name} {'no longer ' if name in tg.flagged else ''}flagged", tg.flagged ^ {name}
+    for b in tg.buffers.values():
+        if b.name != b.storage:
+            yield f"version {b.name} flagged", tg.flagged | {b.name}
+    yield "an unknown storage flagged", tg.flagged | {"?"}
 
 
 def _event_mutants(tg: TaskGraph) -> Iterator[tuple[str, list[Event]]]:
@@ -170,6 +188,16 @@ def schedule_mutants(s: Schedule) -> Iterator[tuple[str, Schedule]]:
         for delta in (256, -256, 128, -128, s.arena_bytes):
             yield f"{name} moved by {delta}", replace(s, arena={**s.arena, name: offset + delta})
         yield f"{name} has no place", replace(s, arena={k: v for k, v in s.arena.items() if k != name})
+        for what, at in (("first", s.flagged_start), ("second", s.flagged_start + s.flagged_bytes)):
+            for delta in (0, -256):
+                moved = {**s.arena, name: at + delta}
+                yield f"{name} placed at the {what} set {delta:+}", replace(s, arena=moved)
+    for delta in (256, -256, 128, -128, s.arena_bytes, -s.flagged_start - 256):
+        yield f"flagged memory moved by {delta}", replace(s, flagged_start=s.flagged_start + delta)
+    for delta in (256, -256, 128, -128, -s.flagged_bytes, -s.flagged_bytes - 256):
+        yield f"flagged memory grown by {delta}", replace(s, flagged_bytes=s.flagged_bytes + delta)
+    for what, flagged in _flag_mutants(s.tasks):
+        yield what, replace(s, tasks=replace(s.tasks, flagged=flagged))
     yield "an input in the arena", replace(s, arena={**s.arena, "x": 0})
     yield "arena too small", replace(s, arena_bytes=s.arena_bytes - 256)
     for e in range(len(s.slots)):

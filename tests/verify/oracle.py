@@ -40,9 +40,38 @@ def meet(tg: TaskGraph, a: Access, b: Access) -> bool:
 
 
 def conflict(tg: TaskGraph, a: Task, b: Task) -> bool:
-    return any(meet(tg, x, y) for x in a.writes for y in (*b.reads, *b.writes)) or any(
-        meet(tg, x, y) for x in a.reads for y in b.writes
+    """Whether memory that is not flagged needs an order between them."""
+
+    def plain(accesses: Iterable[Access]) -> list[Access]:
+        return [x for x in accesses if tg.buffers[x.buffer].storage not in tg.flagged]
+
+    return any(meet(tg, x, y) for x in plain(a.writes) for y in (*b.reads, *b.writes)) or any(
+        meet(tg, x, y) for x in plain(a.reads) for y in b.writes
     )
+
+
+def poll_edges(tg: TaskGraph) -> list[tuple[int, int]]:
+    """(writer, reader) of a common flagged element; both may be the same task."""
+    edges = []
+    for a, b in itertools.product(tg.tasks, tg.tasks):
+        for x, y in itertools.product(a.writes, b.reads):
+            same = tg.buffers[x.buffer].storage == tg.buffers[y.buffer].storage
+            if same and tg.buffers[x.buffer].storage in tg.flagged and points(x) & points(y):
+                edges.append((a.id, b.id))
+    return edges
+
+
+def flagged_fine(tg: TaskGraph) -> bool:
+    for name in tg.flagged:
+        sharing = [b for b in tg.buffers.values() if b.storage == name]
+        if [b.kind for b in sharing] != [BufferKind.SCRATCH] or sharing[0].dtype.value not in ("bf16", "f16", "f32"):
+            return False
+        writes = [a for t in tg.tasks for a in t.writes if a.buffer == sharing[0].name]
+        if any(a.side is not None for a in writes):
+            return False
+        if sorted(p for a in writes for p in points(a)) != sorted(box_points(whole(sharing[0].shape))):
+            return False
+    return True
 
 
 def closure(n: int, edges: Iterable[tuple[int, int]]) -> list[set[int]]:
@@ -103,7 +132,7 @@ def declared_fine(tg: TaskGraph) -> bool:
         read = {tg.buffers[a.buffer].storage for t in mine for a in t.reads}
         if any(tg.buffers[r].storage not in read for r in reads(node) if tg.buffers[r].kind is not BufferKind.PARAM):
             return False
-    return all(reads_enough(tg, t) for t in tg.tasks)
+    return all(reads_enough(tg, t) for t in tg.tasks) and flagged_fine(tg)
 
 
 def reads_enough(tg: TaskGraph, t: Task) -> bool:
@@ -166,7 +195,8 @@ def ordered_fine(tg: TaskGraph, reach: list[set[int]]) -> bool:
         if (b.kind is BufferKind.OUTPUT or readers) and len(counts) < b.numel:
             return False
         for t, a in readers:
-            done = {p for w in tg.tasks if t.id in reach[w.id] for x in w.writes if x.buffer == name for p in points(x)}
+            before = [w for w in tg.tasks if (w.id < t.id if b.storage in tg.flagged else t.id in reach[w.id])]
+            done = {p for w in before for x in w.writes if x.buffer == name for p in points(x)}
             if not points(a) <= done:
                 return False
     for node in tg.graph.nodes:
@@ -202,7 +232,7 @@ def tasks_fine(tg: TaskGraph) -> bool:
     if not declared_fine(tg):
         return False
     edges = event_edges(tg)
-    return all(p < w for p, w in edges) and ordered_fine(tg, closure(len(tg.tasks), edges))
+    return all(p < w for p, w in edges + poll_edges(tg)) and ordered_fine(tg, closure(len(tg.tasks), edges))
 
 
 def users(tg: TaskGraph, name: str) -> set[int]:
@@ -223,17 +253,31 @@ def schedule_fine(s: Schedule) -> bool:
     if len(s.slots) != len(tg.events) or len(set(s.slots)) != len(s.slots) or any(x < 0 for x in s.slots):
         return False
     reach = closure(n, schedule_edges(s))
-    if any(t in reach[t] for t in range(n)) or not ordered_fine(tg, reach):
+    waiting = closure(n, schedule_edges(s) + poll_edges(tg))
+    if any(t in waiting[t] for t in range(n)) or not ordered_fine(tg, reach):
         return False
+    first = range(s.flagged_start, s.flagged_start + s.flagged_bytes)
+    both = range(s.flagged_start, s.flagged_start + 2 * s.flagged_bytes)
+    if s.flagged_start % 256 or s.flagged_bytes % 256 or s.flagged_start < 0 or s.flagged_bytes < 0:
+        return False
+    if both.stop > s.arena_bytes:
+        return False
+    taken: set[int] = set()
     for name, offset in s.arena.items():
         b = tg.buffers.get(name)
         if b is None or b.kind is not BufferKind.SCRATCH:
             return False
-        if offset % 256 or offset < 0 or offset + b.nbytes > s.arena_bytes:
+        held = set(range(offset, offset + b.nbytes))
+        if name in tg.flagged:
+            if offset % 128 or not held <= set(first) or held & taken or not first.start <= offset <= first.stop:
+                return False
+            taken |= held
+        elif offset % 256 or offset < 0 or offset + b.nbytes > s.arena_bytes or held & set(both):
             return False
     scratch = [b for b in tg.buffers.values() if b.kind is BufferKind.SCRATCH and users(tg, b.name)]
     if any(b.name not in s.arena for b in scratch):
         return False
+    plain = [b for b in scratch if b.storage not in tg.flagged]
     return all(
-        may_share(tg, reach, a, s.arena[a.name], b, s.arena[b.name]) for a, b in itertools.combinations(scratch, 2)
+        may_share(tg, reach, a, s.arena[a.name], b, s.arena[b.name]) for a, b in itertools.combinations(plain, 2)
     )

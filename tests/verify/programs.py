@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from verify import oracle
 
@@ -92,14 +93,28 @@ class Builder:
 
     def task_graph(self) -> TaskGraph:
         """With events: one per distinct set of conflicting earlier tasks. Not minimal."""
-        bare = TaskGraph(self.graph(), dict(self.buffers), tuple(self.tasks))
-        waiters: dict[tuple[int, ...], list[int]] = {}
-        for b in range(len(bare.tasks)):
-            before = tuple(a for a in range(b) if oracle.conflict(bare, bare.tasks[a], bare.tasks[b]))
-            if before:
-                waiters.setdefault(before, []).append(b)
-        events = tuple(Event(i, before, tuple(after)) for i, (before, after) in enumerate(waiters.items()))
-        return TaskGraph(bare.graph, bare.buffers, bare.tasks, events)
+        return with_events(TaskGraph(self.graph(), dict(self.buffers), tuple(self.tasks)))
+
+
+def with_events(bare: TaskGraph) -> TaskGraph:
+    waiters: dict[tuple[int, ...], list[int]] = {}
+    for b in range(len(bare.tasks)):
+        before = tuple(a for a in range(b) if oracle.conflict(bare, bare.tasks[a], bare.tasks[b]))
+        if before:
+            waiters.setdefault(before, []).append(b)
+    events = tuple(Event(i, before, tuple(after)) for i, (before, after) in enumerate(waiters.items()))
+    return replace(bare, events=events)
+
+
+def flagged(tg: TaskGraph, names: Iterable[str]) -> TaskGraph:
+    """With these storages flagged, and events for the rest alone."""
+    return with_events(replace(tg, flagged=frozenset(names)))
+
+
+def some_flagged(tg: TaskGraph, seed: int) -> TaskGraph:
+    """With a random part of scratch memory flagged."""
+    r = random.Random(seed)
+    return flagged(tg, [b.name for b in tg.buffers.values() if b.kind is BufferKind.SCRATCH and r.random() < 0.6])
 
 
 def decoder_like() -> TaskGraph:
@@ -152,7 +167,8 @@ def random_tasks(seed: int) -> TaskGraph:
 
 
 def schedule(tg: TaskGraph, workers: int, seed: int = 0, reuse: bool = True) -> Schedule:
-    """A valid schedule: tasks in id order on random workers; scratch placed first-fit by the oracle's lifetimes."""
+    """A valid schedule: tasks in id order on random workers; plain scratch placed first-fit by the oracle's
+    lifetimes, flagged scratch behind it."""
     r = random.Random(seed)
     queues: list[list[int]] = [[] for _ in range(workers)]
     for t in tg.tasks:
@@ -163,7 +179,7 @@ def schedule(tg: TaskGraph, workers: int, seed: int = 0, reuse: bool = True) -> 
     bare = Schedule(tg, frozen, {}, 0, tuple(range(len(tg.events))))
     reach = oracle.closure(len(tg.tasks), oracle.schedule_edges(bare))
     for b in tg.buffers.values():
-        if b.kind is not BufferKind.SCRATCH:
+        if b.kind is not BufferKind.SCRATCH or b.storage in tg.flagged:
             continue
         offset = 0
         while reuse and not all(oracle.may_share(tg, reach, b, offset, tg.buffers[o], at) for o, at in arena.items()):
@@ -171,4 +187,10 @@ def schedule(tg: TaskGraph, workers: int, seed: int = 0, reuse: bool = True) -> 
         offset = offset if reuse else end
         arena[b.name] = offset
         end = max(end, offset + max(256, -(-b.nbytes // 256) * 256))
-    return Schedule(tg, frozen, arena, end, tuple(range(len(tg.events))))
+    start = offset = end
+    for b in tg.buffers.values():
+        if b.storage in tg.flagged:
+            arena[b.name] = offset
+            offset += max(128, -(-b.nbytes // 128) * 128)
+    size = -(-(offset - start) // 256) * 256
+    return Schedule(tg, frozen, arena, start + 2 * size, tuple(range(len(tg.events))), start, size)
