@@ -14,7 +14,7 @@ from .errors import OptionError, Unsupported
 from .ir import printer
 from .report import Report
 from .settings import Settings
-from .specialize import fix_numbers, has_symbols, without_symbols
+from .specialize import fix_numbers, has_symbols, returned_numbers, without_symbols
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -44,12 +44,12 @@ def compile_graph(
         compiled = _interpret(captured, schedule, report)
         report.outcome, report.device = "reference", str(device)
         dump.report(report)
-        return compiled
+        return returned_numbers(gm, compiled)
     program = emit(schedule, target, report, dump)
     compiled = _load(captured, program, target, device, settings, report)
     report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
     dump.report(report)
-    return compiled
+    return returned_numbers(gm, compiled)
 
 
 def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump) -> "Captured":
@@ -77,7 +77,7 @@ def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: 
     """A captured Graph as a verified Schedule for `workers` workers of `target`."""
     from .passes.graph import PASSES
     from .passes.schedule import schedule as make_schedule
-    from .passes.tasks import derive_events, tile
+    from .passes.tasks import choose_flagged, derive_events, tile
     from .verify import verify_graph, verify_schedule, verify_tasks
 
     with report.stage("fuse"):
@@ -89,6 +89,7 @@ def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: 
     with report.stage("tile"):
         tasks = tile(graph, workers)
     with report.stage("events"):
+        tasks = choose_flagged(tasks)
         tasks = derive_events(tasks)
     dump.text("3-tasks.txt", printer.print_tasks, tasks)
     with report.stage("verify"):

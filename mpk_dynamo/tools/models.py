@@ -128,11 +128,11 @@ def load(
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if str(device) != "meta":
-        _vary_vectors(model)
+        vary_vectors(model)
     return model
 
 
-def _vary_vectors(model: torch.nn.Module) -> None:
+def vary_vectors(model: torch.nn.Module) -> None:
     """Biases and norm weights away from 0 and 1, where an omitted one would not show."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
