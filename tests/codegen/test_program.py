@@ -1,0 +1,200 @@
+"""Code generation of whole programs: what is shared, what is refused, and that NVRTC takes it for every target."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import lru_cache
+
+import graphs
+import pytest
+from device_forms import REFUSED, SAMPLES
+
+from mpk_dynamo import abi, pipeline
+from mpk_dynamo.codegen import generate
+from mpk_dynamo.dump import Dump
+from mpk_dynamo.errors import Unsupported
+from mpk_dynamo.ir.graph import Attention, Graph, Linear, writes
+from mpk_dynamo.ir.program import Program
+from mpk_dynamo.ir.schedule import Schedule
+from mpk_dynamo.ir.types import BufferKind, DType, buffer
+from mpk_dynamo.ops import attention, linear
+from mpk_dynamo.passes import graph as passes
+from mpk_dynamo.report import Report
+from mpk_dynamo.runtime import build
+from mpk_dynamo.targets import Target, known
+from mpk_dynamo.verify import verify_program
+from mpk_dynamo.verify.tables import decode
+
+TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
+QUICK = ("sm_80", "sm_90a")
+"""One without bulk copies and one with; a compilation takes seconds, so the others are for -m slow."""
+ONE = graphs.Model(layers=1)
+SPLIT = graphs.Model(layers=1, capacity=80)
+SEVERAL = graphs.Model(layers=1, batch=3, bias=True, qk_norm=False, mask="arithmetic")
+WORKERS = 8
+
+
+def lowered(graph: Graph, target: Target, workers: int = WORKERS, fuse: bool = True) -> Schedule:
+    report = Report()
+    with pytest.MonkeyPatch.context() as patch:
+        if not fuse:
+            patch.setattr(passes, "PASSES", ())
+        return pipeline.lower(graph, workers, target, report, Dump("", None, report))
+
+
+@lru_cache
+def program(model: graphs.Model = ONE, target: str = "sm_90a") -> Program:
+    return generate(lowered(graphs.decoder(model), known(target)), known(target))
+
+
+def of_sample(name: str, graph: Graph | None = None) -> Program:
+    target = known("sm_90a")
+    return generate(lowered(graph or SAMPLES[name][1], target, fuse=False), target)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in TARGETS])
+def test_nvrtc_compiles_a_decoder_step(name: str) -> None:
+    made, target = program(SPLIT, name), known(name)
+    verify_program(made, target)
+    assert any(kind.startswith("attention_combine") for kind in made.kinds)
+    artifact = build(made, target, cache=False)
+    assert artifact.cubin[:4] == b"\x7fELF" and artifact.arch == name
+
+
+def test_nvrtc_compiles_several_tokens() -> None:
+    """Tensor cores, biases, the mask made in the graph."""
+    assert "linear_mma<" in program(SEVERAL).source
+    build(program(SEVERAL), known("sm_90a"), cache=False)
+
+
+def test_code_does_not_grow_with_depth() -> None:
+    shallow, deep = (program(graphs.Model(layers=n)) for n in (2, 9))
+    assert len(deep.kinds) == len(shallow.kinds)
+    bindings = re.compile(r"pointers\[\d+\]|sizeof\(Launch\) == \d+")  # the launch parameter does
+    assert bindings.sub("", deep.source) == bindings.sub("", shallow.source)
+    assert len(deep.schedule.tasks.tasks) > 3 * len(shallow.schedule.tasks.tasks)
+
+
+def test_two_builds_are_identical() -> None:
+    again = generate(lowered(graphs.decoder(ONE), known("sm_90a")), known("sm_90a"))
+    first = program()
+    assert again.source == first.source and again.tables == first.tables and again.bindings == first.bindings
+
+
+def test_names_of_buffers_are_not_in_the_code() -> None:
+    """Nor addresses: layers, models and processes with equal shapes share a cubin."""
+    made = program()
+    names = [n for n in made.schedule.tasks.buffers if "." in n or "_" in n]
+    assert len(names) > 10 and not [n for n in names if n in made.source]
+    assert not re.search(r"0x[0-9a-f]{9,}|\b\d{12,}\b", made.source)
+
+
+def test_code_depends_on_shapes_not_on_workers() -> None:
+    target = known("sm_90a")
+    few, many = (generate(lowered(graphs.decoder(ONE), target, workers), target) for workers in (4, 16))
+    assert few.source == many.source
+
+
+def test_tables_say_what_the_schedule_says() -> None:
+    made = program()
+    schedule, tables = made.schedule, decode(made)
+    assert len(tables["queues"]) == schedule.workers and set(tables) == {name for name, _ in abi.TABLES}
+    ids = tables["tasks"]["id"].tolist()
+    for queue, row in zip(schedule.queues, tables["queues"], strict=True):
+        assert tuple(ids[row["task"] : row["task"] + row["task_count"]]) == queue
+    tasks = schedule.tasks.tasks
+    for row in tables["tasks"]:
+        assert made.kinds[row["op"]].split(":")[0] == tasks[row["id"]].op
+        if tasks[row["id"]].op != "linear":
+            assert tuple(row["arg"][: len(tasks[row["id"]].tile)]) == tasks[row["id"]].tile
+    slots = {schedule.slots[e.id]: len(e.producers) for e in schedule.tasks.events}
+    assert all(slots[w["slot"]] == w["count"] for w in tables["waits"])
+    assert sum(slots.values()) == len(tables["signals"])
+
+
+def test_the_loader_streams_each_weight_once() -> None:
+    """Rows of all runs, by the weight they belong to: every row exactly once."""
+    made = program()
+    buffers, seen = made.schedule.tasks.buffers, {}
+    for run in decode(made)["runs"]:
+        for base in (run["base0"], run["base1"]):
+            if int(base) == abi.NO_REF:
+                continue
+            name, offset = made.bindings[int(base) >> 40], int(base) & ((1 << 40) - 1)
+            first, rest = divmod(offset, int(run["row_bytes"]))
+            assert rest == 0 and buffers[name].shape[1] * 2 == run["row_bytes"]
+            assert run["row_bytes"] % run["copy"] == 0 or run["copy"] % run["row_bytes"] == 0 or run["tiled"]
+            seen.setdefault(name, []).extend(range(first, first + int(run["rows"])))
+    weights = {w for n in made.schedule.tasks.graph.nodes if isinstance(n, Linear) for p in n.parts for w in p.weights}
+    assert set(seen) == weights
+    assert all(sorted(rows) == list(range(buffers[name].shape[0])) for name, rows in seen.items())
+
+
+def test_every_writer_has_its_buffers_among_the_operands() -> None:
+    made = program()
+    tables, graph = decode(made), made.schedule.tasks.graph
+    for row in tables["tasks"]:
+        refs = tables["operands"]["ref"][row["operands"] : row["operands"] + row["operand_count"]]
+        task = made.schedule.tasks.tasks[row["id"]]
+        if task.op == "attention" and any(t.op == "attention_combine" for t in made.schedule.tasks.tasks):
+            continue  # its result goes to partial results
+        for name in writes(graph.nodes[task.node]):
+            storage = made.schedule.tasks.buffers[name].storage
+            if storage in made.bindings and task.op != "attention_combine":
+                assert made.bindings.index(storage) << 40 in [int(r) for r in refs], name
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_samples_have_a_device_form_or_are_known_not_to(name: str) -> None:
+    if name not in REFUSED:
+        verify_program(of_sample(name), known("sm_90a"))
+        return
+    with pytest.raises(Unsupported, match=REFUSED[name]):
+        of_sample(name)
+
+
+def first_linear(graph: Graph) -> Linear:
+    return next(n for n in graph.nodes if isinstance(n, Linear))
+
+
+def test_a_weight_that_is_not_contiguous() -> None:
+    _, graph = SAMPLES["linear-0-plain"]
+    node = first_linear(graph)
+    (name,) = node.parts[0].weights
+    old = graph.buffers[name]
+    strided = buffer(name, old.dtype, old.shape, BufferKind.PARAM, strides=(old.shape[1] * 2, 1))
+    with pytest.raises(Unsupported, match="is not a contiguous bf16 matrix"):
+        of_sample("", dataclasses.replace(graph, buffers={**graph.buffers, name: strided}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "depth", "fits"), [(DType.BF16, 60, False), (DType.BF16, 64, True), (DType.F32, 60, True)]
+)
+def test_rows_must_be_whole_vectors(dtype: DType, depth: int, fits: bool) -> None:
+    _, graph = linear._plain(dtype, 1, depth, 24)
+    if fits:
+        of_sample("", graph)
+        return
+    with pytest.raises(Unsupported, match="60 bf16 elements is not a multiple of 16 bytes"):
+        of_sample("", graph)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(256, True), (264, False), (20, False)])
+def test_head_sizes(size: int, fits: bool) -> None:
+    node, graph = attention._sample(DType.BF16, 1, 1, 2, 16, size, append=True)
+    assert isinstance(node, Attention)
+    if fits:
+        of_sample("", graph)
+        return
+    with pytest.raises(Unsupported, match=f"head size {size}"):
+        of_sample("", graph)
+
+
+def test_more_buffers_than_a_launch_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abi, "MAX_BINDINGS", 5)
+    with pytest.raises(Unsupported, match="one launch carries 5 pointers"):
+        generate(lowered(graphs.decoder(ONE), known("sm_90a")), known("sm_90a"))
