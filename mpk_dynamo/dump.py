@@ -66,6 +66,7 @@ torch {torch.__version__}, transformers {transformers.__version__}, Python {plat
 4-schedule.txt  queues, buffer offsets, event slots
 5-program.cu    the translation unit for NVRTC; it needs kernels_cuda/include
 5-program.txt   the same with the tables' sizes and the order of the bindings
+mpk_program.*   what went to NVRTC and came from it, nvrtc.log, resources.json
 report.json     counts and seconds
 
 To get here again: the same model call with MPK_DUMP_DIR=<folder>. Sending this folder, the model's config and the

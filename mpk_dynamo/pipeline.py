@@ -123,7 +123,7 @@ def build(program: "Program", target: "Target", settings: Settings, report: Repo
     from .runtime import build as build_program
 
     with report.stage("nvrtc"):
-        artifact = build_program(program, target, cache_dir=settings.cache_dir or None)
+        artifact = build_program(program, target, cache_dir=settings.cache_dir or None, dump_dir=report.dump or None)
     report.resources = str(getattr(artifact, "resources", ""))
     return artifact
 
