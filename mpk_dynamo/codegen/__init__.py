@@ -65,7 +65,12 @@ def generate(schedule: Schedule, target: Target) -> Program:
 
 def _source(kinds: dict[tuple[str, str], int], slot_bytes: int, target: Target, bindings: int) -> str:
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
-    cases = [f"      case {i}: {call}<Kind{i}>(c); break;" for (call, _), i in kinds.items()]
+    runs = [
+        f"__device__ __noinline__ u32 run{i}(u32 turn, u32 position) {{ Context<Config> c(turn, position); "
+        f"{call}<Kind{i}>(c); return c.ring.at.pack(); }}"
+        for (call, _), i in kinds.items()
+    ]
+    cases = [f"      case {i}: return run{i}(turn, position);" for i in kinds.values()]
     scratch = ["256"] + [
         f"LinearShape<Kind{i}>::SCRATCH" if call == "linear" else
         f"MmaShape<Kind{i}>::SCRATCH" if call == "linear_mma" else f"AttentionShape<Kind{i}>::SCRATCH"
@@ -97,13 +102,16 @@ struct Config {{
   static constexpr u32 SLOTS = FIT < {MAX_SLOTS} ? FIT : {MAX_SLOTS};
   static_assert(SLOTS >= 2, "the ring needs two slots");
 }};
-static_assert(sizeof(SharedState<Config>) + 128 <= Config::SHARED_BYTES, "shared memory");
+static_assert(sizeof(SharedState<Config>) <= Config::SHARED_BYTES, "shared memory");
+
+{chr(10).join(runs)}
 
 struct Dispatch {{
-  template <class Ctx> MPK_DEVICE static void run(u32 op, Ctx& c) {{
+  MPK_DEVICE static u32 run(u32 op, u32 turn, u32 position) {{
     switch (op) {{
 {chr(10).join(cases)}
     }}
+    return position;
   }}
 }};
 

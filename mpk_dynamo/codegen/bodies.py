@@ -69,6 +69,7 @@ def _row_map(node: RowMap, buffers: Mapping[str, Buffer], flagged: frozenset[str
         node.body,
         lambda names: Emitter(buffers, operands, names, flagged=flagged, origin=node.origin),
         lambda emitter, value: emitter.store(node.out, node.store, value),
+        threads,
     )
     decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
     text = (
@@ -117,12 +118,15 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         written = buffers[ld.buffer].kind not in (BufferKind.PARAM, BufferKind.INPUT)
         (moving if written else fixed).append(f"{{ {' '.join(emitter.lines)} held.v{i}.load({address} + k0); }}")
         if packs[i] == "FlaggedPack":
-            polled.append(f"{{ {' '.join(emitter.lines)} held.v{i}.settle(c, {address} + k0); }}")
+            polled.append(f"{{ {' '.join(emitter.lines)} complete = held.v{i}.poll({address} + k0) && complete; }}")
     lines.append(
         "  template <bool FIXED, class Ctx> MPK_DEVICE static void load(Ctx& c, int t, int k0, Held& held) {\n"
         f"    if constexpr (FIXED) {{ {' '.join(fixed)} }}\n    else {{ {' '.join(moving)} }}\n  }}"
     )
-    lines.append(f"  {TEMPLATE} MPK_DEVICE static void poll(Ctx& c, int t, int k0, Held& held) {{ {' '.join(polled)} }}")
+    lines.append(
+        f"  {TEMPLATE} MPK_DEVICE static bool poll(Ctx& c, int t, int k0, Held& held) {{ bool complete = true; "
+        f"{' '.join(polled)} return complete; }}"
+    )
     names: dict[Expr, str] = {node.t: "t"}
 
     def vector(body: Expr) -> str:
@@ -307,9 +311,7 @@ def _combine(node: Attention, buffers: Mapping[str, Buffer], flagged: frozenset[
     operands.slot(f"{node.name}.stats")
     lines = [
         f"  static constexpr int H = {node.h.size}, D = {node.d.size};",
-        f"  {TEMPLATE} MPK_DEVICE static float partial_value(const Ctx& c, u32 bits, const float* p) {{ return __uint_as_float("
-        + ("settle(c, bits, p)" if f"{node.name}.partial" in flagged else "bits")
-        + "); }",
+        f"  static constexpr bool FLAGGED = {'true' if f'{node.name}.partial' in flagged else 'false'};",
         _attention_store(node, buffers, operands, flagged),
     ]
     return Body("attention_combine", "attention_combine", "\n".join(lines) + "\n", tuple(operands.names))

@@ -39,6 +39,9 @@ _BINARY_INT = {
 }  # fmt: skip
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _INT32 = (-(2**31), 2**31 - 1)
+HELD = 16
+"""Elements of a row that a thread may hold in registers."""
+
 REDUCERS = {"sum": "Sum", "max": "Max", "min": "Min"}
 
 
@@ -261,23 +264,25 @@ def row_function(
     body: Expr,
     make: Callable[[Mapping[Expr, str]], Emitter],
     store: Callable[[Emitter, str], str],
+    group: int = 32,
 ) -> str:
     """A device function over a cooperating group: reductions first (each over the group), then every element.
 
     parameters: (C++ name, Var) that are arguments. elements: Vars looped over, flattened. store(emitter, value)
-    returns the statement that stores the value, after emitting what it needs.
+    returns the statement that stores the value, after emitting what it needs. group: threads of the group.
     """
     names: dict[Expr, str] = {v: n for n, v in parameters}
     count = math.prod(v.size for v in elements)
     flat = split_index("e", elements)
-    decode = " ".join(f"const int {n} = {text};" for n, text in flat.values())
+    decode = " ".join(f"[[maybe_unused]] const int {n} = {text};" for n, text in flat.values())
     inner: dict[Expr, str] = {v: n for v, (n, _) in flat.items()}
     each = f"for (int u = 0; u < BATCH; ++u) {{ const int e = first + u * G::SIZE; if (e < COUNT) {{ {decode}"
-    lines = [f"constexpr int COUNT = {count}, BATCH = (COUNT + G::SIZE - 1) / G::SIZE < 8 ? (COUNT + G::SIZE - 1) / G::SIZE : 8;"]
+    lines = [f"constexpr int COUNT = {count}, ROUNDS = (COUNT + G::SIZE - 1) / G::SIZE;",
+             f"constexpr int BATCH = ROUNDS < {HELD} ? ROUNDS : {HELD};"]  # fmt: skip
     # One element of a thread after the other would wait for memory each time. A row that fits in registers is loaded
     # first, by its reductions and its elements alike; otherwise values are at least computed before any is stored,
     # since a store may alias the next element's loads.
-    along = elements[0] if len(elements) == 1 and count <= 8 * 32 else None
+    along = elements[0] if len(elements) == 1 and count <= HELD * group else None
     if along is not None:
         reduced = [
             (r, substitute(r.body, {r.var: along}))
@@ -298,7 +303,7 @@ def row_function(
                     kind = MEMORY_TYPE[emitter.buffers[ld.buffer].dtype]
                     emitter.lines.append(f"if ({guard}) {name} = load_bits({emitter.address(ld)});")
                     again = " && ".join(settling.emit(x) for x in conditions) or "true"
-                    settling.lines.append(f"if ({again}) {name} = settle(c, {name}, {settling.address(ld)});")
+                    settling.lines.append(f"if ({again}) complete = poll({name}, {settling.address(ld)}) && complete;")
                     early[ld] = f"float_of<{kind}>({name})"
                 else:
                     emitter.lines.append(f"if ({guard}) {name} = __float_as_uint(load1({emitter.address(ld)}));")
@@ -307,7 +312,12 @@ def row_function(
             lines.append(" ".join(f"u32 early{i}[BATCH];" for i in range(len(early))))
             lines += ["#pragma unroll", f"{each} {' '.join(emitter.lines)} }} }}"]
             if settling.lines:
-                lines += ["#pragma unroll", f"{each} {' '.join(settling.lines)} }} }}"]
+                lines += [
+                    "poll_until(c, [&] { bool complete = true;",
+                    "#pragma unroll",
+                    f"{each} {' '.join(settling.lines)} }} }}",
+                    "return complete; });",
+                ]
             inner |= early
     else:
         reduced = []

@@ -18,9 +18,19 @@ template <class T> MPK_DEVICE float float_of(u32 bits) {
   else return __uint_as_float(bits);
 }
 
-// The bits of *p once published, given what an earlier load_bits returned.
+// One round of polling: load *p again if it was missing. Polls of several elements go in rounds (`poll_until`), so that
+// their loads are under way together; one after the other would cost a round trip each.
+template <class T> MPK_DEVICE bool poll(u32& bits, const T* p) {
+  if (bits != sentinel<T>()) return true;
+  bits = load_bits(p);
+  return false;
+}
+// `round` returns whether everything has been published.
+template <class Ctx, class F> MPK_DEVICE void poll_until(const Ctx& c, F&& round) {
+  while (!round() && !c.shared.health.aborted) {}
+}
 template <class T, class Ctx> MPK_DEVICE u32 settle(const Ctx& c, u32 bits, const T* p) {
-  while (bits == sentinel<T>() && !c.shared.health.aborted) bits = load_bits(p);
+  poll_until(c, [&] { return poll(bits, p); });
   return bits;
 }
 template <class T, class Ctx> MPK_DEVICE float load_flagged(const Ctx& c, const T* p) {
@@ -52,11 +62,15 @@ template <class T, int N> struct FlaggedPack : Pack<T, N> {
     for (int i = 0; i < 4; ++i) found |= (words[i] - 0x00010001u) & ~words[i] & 0x80008000u;
     return found != 0;
   }
-  template <class Ctx> MPK_DEVICE void settle(const Ctx& c, const T* p) {
+  MPK_DEVICE bool poll(const T* p) {
+    bool complete = true;
 #pragma unroll
     for (int i = 0; i < Base::VECTORS; ++i)
-      while (missing(this->raw[i]) && !c.shared.health.aborted)
+      if (missing(this->raw[i])) {
+        complete = false;
         this->raw[i] = ptx::load_relaxed(reinterpret_cast<const ptx::Vec4*>(p) + i);
+      }
+    return complete;
   }
 };
 

@@ -29,14 +29,23 @@ struct alignas(128) SharedState {
   Profile* profile;  // records of tasks, null when off
 };
 
-// What a task body sees.
+template <class C>
+MPK_DEVICE SharedState<C>& shared_state() {
+  extern __shared__ __align__(128) char raw[];
+  return *reinterpret_cast<SharedState<C>*>(raw);
+}
+
+// What a task body sees. Bodies are functions of their own (see the generated Dispatch), so that ptxas gives each its
+// own registers: inlined side by side they spilled although none does alone. The ring position travels through them.
 template <class C>
 struct Context {
   using Reader = RingReader<Ring<C::SLOTS, C::SLOT_BYTES>, C::SLOTS>;
   SharedState<C>& shared;
   Reader ring;
-  const Ready* ready = nullptr;
-  MPK_DEVICE explicit Context(SharedState<C>& s) : shared(s), ring(s.ring, s.health) {}
+  const Ready* ready;
+  MPK_DEVICE Context(u32 turn, u32 position)
+      : shared(shared_state<C>()), ring(shared.ring, shared.health, Cursor<C::SLOTS>::unpack(position)),
+        ready(&shared.ready[turn & 1]) {}
 
   template <class T> MPK_DEVICE T* pointer(u32 i) const { return static_cast<T*>(ready->pointer[i]); }
   MPK_DEVICE int arg(u32 i) const { return ready->task.arg[i]; }
@@ -196,7 +205,7 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
 
 template <class C, class P, class L>
 MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) {
-  Context<C> context(s);
+  u32 position = 0;
   u32* control = reinterpret_cast<u32*>(launch.fixed.control);
   // Sentinels into the set of flagged buffers that the next launch uses; the end of this one orders them.
   ptx::Vec4* clean = reinterpret_cast<ptx::Vec4*>(launch.fixed.flagged + (s.health.epoch & 1 ? 0 : launch.fixed.flagged_bytes));
@@ -205,9 +214,9 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
   for (u32 i = 0; i < queue.task_count; ++i) {
     const Ready& ready = s.ready[i & 1];
     ptx::barrier(kBarFetched, kConsumers + 32);
-    context.ready = &ready;
-    P::run(ready.task.op, context);
+    position = P::run(ready.task.op, i, position);
     if (ready.stop) break;
+    const Context<C> context(i, position);
     context.mark(2);
     // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
     // gpu-scope release is cumulative.
@@ -225,12 +234,13 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
 // C: configuration (SLOTS, SLOT_BYTES, SCRATCH), P: dispatch over task bodies, L: launch parameters.
 template <class C, class P, class L>
 MPK_DEVICE void megakernel(const L& launch) {
-  extern __shared__ char raw[];
-  SharedState<C>& s = *reinterpret_cast<SharedState<C>*>((reinterpret_cast<u64>(raw) + 127) & ~127ull);
+  SharedState<C>& s = shared_state<C>();
   u32* control_block = reinterpret_cast<u32*>(launch.fixed.control);
   if (threadIdx.x == 0) {
     s.ring.init();
-    s.health.aborted = s.health.pending = s.health.streaming = 0;
+    s.health.aborted = 0;
+    s.health.pending = 0;
+    s.health.streaming = 0;
     s.health.abort_flag = control_block + CONTROL_ABORT;
     s.health.record = reinterpret_cast<Fault*>(launch.fixed.fault);
     s.health.timeout_ns = launch.fixed.timeout_ns;

@@ -56,6 +56,8 @@ MPK_DEVICE bool wait_barrier(R&, u64* bar, u32 parity, Health& h, u32 kind, u32 
 template <u32 SLOTS>
 struct Cursor {
   u32 index = 0, phase = 0;
+  MPK_DEVICE u32 pack() const { return index | phase << 16; }
+  MPK_DEVICE static Cursor unpack(u32 packed) { return {packed & 0xffff, packed >> 16}; }
   MPK_DEVICE void next() {
     if (++index == SLOTS) {
       index = 0;
@@ -70,7 +72,7 @@ struct RingReader {
   R& ring;
   Health& health;
   Cursor<SLOTS> at;
-  MPK_DEVICE RingReader(R& r, Health& h) : ring(r), health(h) {}
+  MPK_DEVICE RingReader(R& r, Health& h, Cursor<SLOTS> c) : ring(r), health(h), at(c) {}
   MPK_DEVICE const char* wait() {
     while (!ptx::mbarrier_test(&ring.full[at.index], at.phase) && !health.aborted) {}
     return ring.slot[at.index];
@@ -127,9 +129,10 @@ struct ResolvedRun {
 };
 
 #if __CUDA_ARCH__ >= 900
-// One thread issues. Its own instructions are on the critical path: nothing here but adds and compares.
+// One thread issues. Its own instructions are on the critical path: nothing here but adds and compares, and the run by
+// value, since a reference would be read again from shared memory after every copy.
 template <class W>
-MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
+MPK_DEVICE bool load_run(W& w, const ResolvedRun run, u64 policy) {
   if (!run.tiled) {
     const char *a = run.base[0], *b = run.base[1];
     u32 left = run.rows * run.row_bytes;
@@ -179,7 +182,7 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
 #else
 // Targets without bulk copies: the 32 lanes share a slot's 16-byte asynchronous copies.
 template <class W>
-MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64) {
+MPK_DEVICE bool load_run(W& w, const ResolvedRun run, u64) {
   const u32 lane = threadIdx.x & 31;
   const u32 columns = run.tiled ? run.row_bytes : run.rows * run.row_bytes;
   const u32 rows = run.tiled ? run.rows : 1;

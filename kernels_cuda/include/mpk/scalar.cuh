@@ -102,7 +102,6 @@ template <class T, int N> struct Pack {
       raw[0] = {static_cast<u32>(half), static_cast<u32>(half >> 32), 0, 0};
     }
   }
-  template <class Ctx> MPK_DEVICE void settle(const Ctx&, const T*) const {}  // see FlaggedPack
   MPK_DEVICE void unpack(float (&x)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {

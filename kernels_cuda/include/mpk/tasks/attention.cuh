@@ -9,7 +9,7 @@
 // MASK_PER_HEAD, SCALE; q_row(c, group, b, h, store), key_row, value_row(c, group, b, g, store) with store(d, value); position(c, b),
 // first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements; new_key_at, new_value_at:
 // the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value);
-// partial(pointer, value), partial_value(c, bits, pointer): partial results, flagged or not.
+// partial(pointer, value) stores a partial result; FLAGGED: whether they are their own flags.
 #pragma once
 #include "mpk/group.cuh"
 
@@ -26,7 +26,7 @@ struct AttentionShape {
   static constexpr int ROWS = N::G + 2;                 // q rows, new key, new value
   static constexpr int SCRATCH = (ROWS * N::D + static_cast<int>(kConsumerWarps) * HEADS * (N::D + 2)) * 4;
   static_assert(N::D % 8 == 0 && N::D <= 256, "head size");
-  static constexpr int UNROLL = 4;
+  static constexpr int UNROLL = HEADS > 2 ? 2 : 4;
 };
 
 template <class N, class Ctx>
@@ -222,12 +222,22 @@ MPK_DEVICE void attention_combine(Ctx& c) {
         raw[1][u] = load_bits(stats + place(u) * 2 + 1);
         raw[2][u] = load_bits(partial + place(u) * N::D + d);
       }
+      if constexpr (N::FLAGGED)
+        poll_until(c, [&] {
+          bool complete = true;
+#pragma unroll
+          for (int u = 0; u < BATCH; ++u) {
+            complete = poll(raw[0][u], stats + place(u) * 2) && complete;
+            complete = poll(raw[1][u], stats + place(u) * 2 + 1) && complete;
+            complete = poll(raw[2][u], partial + place(u) * N::D + d) && complete;
+          }
+          return complete;
+        });
 #pragma unroll
       for (int u = 0; u < BATCH; ++u) {
-        m[u] = N::partial_value(c, raw[0][u], stats + place(u) * 2);
-        l[u] = N::partial_value(c, raw[1][u], stats + place(u) * 2 + 1);
-        p[u] = N::partial_value(c, raw[2][u], partial + place(u) * N::D + d);
-        if (s0 + u >= splits) l[u] = 0.0f;
+        m[u] = __uint_as_float(raw[0][u]);
+        l[u] = s0 + u < splits ? __uint_as_float(raw[1][u]) : 0.0f;
+        p[u] = __uint_as_float(raw[2][u]);
       }
       float next = top;
 #pragma unroll

@@ -7,8 +7,8 @@
 // shared memory by the thread that owns the row. One owner and a fixed order: bit-identical from run to run.
 //
 // N (generated): Element; T, K, JOINT, COPY_BYTES; the prologue along k, VECTOR columns at a time: Held, what it reads
-// (load<true>: operands that nothing writes, before the events have come; load<false>: the rest; poll: waits for what is
-// flagged), REDUCTIONS over k,
+// (load<true>: operands that nothing writes, before the events have come; load<false>: the rest; poll: loads again what is
+// flagged and was missing, false if so), REDUCTIONS over k,
 // each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out); unpack(bytes, out);
 // joint(part): weights of a part; hold(c, part, t, n, held): what the epilogue reads, before the weights stream by;
 // epilogue(c, part, t, n, acc[JOINT], held).
@@ -115,9 +115,13 @@ MPK_DEVICE void linear(Ctx& c) {
 #pragma unroll
     for (int p = 0; p < OWN; ++p)
       if (own(p)) N::template load<false>(c, 0, column(p), held[p]);
+    poll_until(c, [&] {
+      bool complete = true;
 #pragma unroll
-    for (int p = 0; p < OWN; ++p)
-      if (own(p)) N::poll(c, 0, column(p), held[p]);
+      for (int p = 0; p < OWN; ++p)
+        if (own(p) && !N::poll(c, 0, column(p), held[p])) complete = false;
+      return complete;
+    });
     float red[N::REDUCTIONS + 1];
     prologue_reductions<N, 0>(c, g, 0, held, red);
 #pragma unroll
@@ -211,7 +215,7 @@ MPK_DEVICE void linear(Ctx& c) {
                       typename N::Held held;
                       N::template load<true>(c, t, k, held);
                       N::template load<false>(c, t, k, held);
-                      N::poll(c, t, k, held);
+                      poll_until(c, [&] { return N::poll(c, t, k, held); });
                       N::x(c, t, k, held, nullptr, xs);
 #pragma unroll
                       for (int r = 0; r < S::GROUP_ROWS; ++r) {

@@ -17,9 +17,9 @@ struct MmaShape {
   static constexpr int CHUNK = N::COPY_BYTES / 2;
   static constexpr int CHUNKS = (N::K + CHUNK - 1) / CHUNK;
   static constexpr int GROUPS = (CHUNK / 32 + (CHUNK % 32 != 0) + static_cast<int>(kConsumerWarps) - 1) / static_cast<int>(kConsumerWarps);
-  static constexpr int TILES = 16 / N::JOINT;  // tiles of a block: 64 accumulator registers
-  static constexpr int BLOCK_ROWS = TILES * static_cast<int>(kTileRows);
   static constexpr int TOKENS = N::T > 8 ? 16 : 8;
+  static constexpr int TILES = (TOKENS == 8 ? 16 : 8) / N::JOINT;  // tiles of a block: as many as registers allow
+  static constexpr int BLOCK_ROWS = TILES * static_cast<int>(kTileRows);
   static constexpr int ENTRY = TOKENS * static_cast<int>(kTileRows);  // partial sums of a tile
   static constexpr int ROUND = (TOKENS == 8 ? 8 : 4) / N::JOINT;     // tiles reduced together: 16 KiB
   static constexpr int SCRATCH = ROUND * N::JOINT * ENTRY * static_cast<int>(kConsumerWarps) * 4;
@@ -58,32 +58,36 @@ MPK_DEVICE void linear_mma(Ctx& c) {
       for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
         const int columns = min(S::CHUNK, N::K - chunk * S::CHUNK);
         u32 a[S::GROUPS][S::TOKENS / 8][4];
-        typename N::Held held[S::GROUPS][S::TOKENS / 8];
         const auto column = [&](int i) { return (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8; };
-        const auto each = [&](auto&& visit) {
+#pragma unroll
+        for (int h = 0; h < S::TOKENS / 8; ++h) {  // 8 tokens at a time: what is held of 16 did not fit in registers
+          const int t = g + h * 8;
+          typename N::Held held[S::GROUPS];
+          const auto each = [&](auto&& visit) {
+#pragma unroll
+            for (int i = 0; i < S::GROUPS; ++i)
+              if (column(i) < columns && t < N::T) visit(i, chunk * S::CHUNK + column(i));
+          };
+          each([&](int i, int k) {
+            N::template load<true>(c, t, k, held[i]);
+            N::template load<false>(c, t, k, held[i]);
+          });
+          poll_until(c, [&] {
+            bool complete = true;
+            each([&](int i, int k) { complete = N::poll(c, t, k, held[i]) && complete; });
+            return complete;
+          });
 #pragma unroll
           for (int i = 0; i < S::GROUPS; ++i)
 #pragma unroll
-            for (int h = 0; h < S::TOKENS / 8; ++h)
-              if (column(i) < columns && g + h * 8 < N::T) visit(i, h, g + h * 8, chunk * S::CHUNK + column(i));
-        };
-        each([&](int i, int h, int t, int k) {
-          N::template load<true>(c, t, k, held[i][h]);
-          N::template load<false>(c, t, k, held[i][h]);
-        });
-        each([&](int i, int h, int t, int k) { N::poll(c, t, k, held[i][h]); });
-#pragma unroll
-        for (int i = 0; i < S::GROUPS; ++i)
-#pragma unroll
-          for (int h = 0; h < S::TOKENS / 8; ++h)
-#pragma unroll
             for (int e = 0; e < 4; ++e) a[i][h][e] = 0;
-        each([&](int i, int h, int t, int k) {
-          float x[8];
-          N::x(c, t, k, held[i][h], nullptr, x);
+          each([&](int i, int k) {
+            float x[8];
+            N::x(c, t, k, held[i], nullptr, x);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) a[i][h][e] = pack2<E>(x[2 * e], x[2 * e + 1]);
-        });
+            for (int e = 0; e < 4; ++e) a[i][h][e] = pack2<E>(x[2 * e], x[2 * e + 1]);
+          });
+        }
         if (s == 0 && block == 0 && chunk == 0) c.streaming();
 #pragma unroll
         for (int tile = 0; tile < S::TILES; ++tile) {
