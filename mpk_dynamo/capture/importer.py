@@ -16,7 +16,7 @@ from ..ir import expr as E
 from ..ir.expr import Expr
 from ..ir.graph import Graph, Node, Output, RowMap, reads, writes
 from ..ir.types import Buffer, BufferKind, DType, buffer
-from . import anchors, create, mutate, pointwise, reduce, views  # noqa: F401  (they fill the table of lowerings)
+from . import anchors, attention, contraction, create, mutate, pointwise, reduce, views  # noqa: F401  (they fill the table of lowerings)
 from .registry import LOWERINGS, Call, bind, refusal
 from .retrace import Placeholder, Traced, held_tensors, module_path, retrace, source_line
 from .values import DTYPES, Memory, Shape, View, points, variables, whole
@@ -67,6 +67,8 @@ class Importer:
         self.sources: dict[str, str] = {}
         self.notes: list[str] = []
         self.calls: Counter[str] = Counter()
+        self.products: dict[str, contraction.Product] = {}  # by the buffer of the result
+        self.softmaxes: dict[str, reduce.Softmax] = {}
 
     def run(self) -> Captured:
         self._check_devices()
@@ -85,6 +87,7 @@ class Importer:
                 outputs = self._outputs(node)
         self._mark_state()
         nodes = _live(self.nodes, self.buffers, outputs)
+        contraction.refuse_large(self.products, nodes)
         graph = Graph(tuple(nodes), self.buffers, outputs).replace("capture", nodes=tuple(nodes))
         used = {b.storage for b in graph.buffers.values()}
         positions = {name: k for name, k in self.callers.items() if name in used}

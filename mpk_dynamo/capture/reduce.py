@@ -139,6 +139,15 @@ def _at_row(view: View, shape: Shape) -> Expr:
     return view.load(broadcast(view.shape, shape, points(shape)))
 
 
+@dataclass(frozen=True)
+class Softmax:
+    """What a softmax was taken of: its element over the variables of `shape`, and the dimension."""
+
+    element: Expr
+    shape: Shape
+    dim: int
+
+
 @lowers("softmax", "_softmax", "log_softmax", "_log_softmax", "special_softmax", "_safe_softmax")
 def softmax(imp: Importer, call: Call) -> View:
     source: View = call["self"]
@@ -163,7 +172,10 @@ def softmax(imp: Importer, call: Call) -> View:
         if call.op == "_safe_softmax":
             dead = op("eq", _at_row(high, shape), constant(float("-inf"), calculated))
             body = E.where(dead, constant(0, calculated), body)
-    return imp.emit(call, convert(body, call.dtype))
+    out = imp.emit(call, convert(body, call.dtype))
+    if "log" not in call.op and len(r.over) == 1:
+        imp.softmaxes[out.memory.name] = Softmax(element(points(shape)), shape, r.dims[0])
+    return out
 
 
 @lowers("logsumexp")

@@ -36,6 +36,11 @@ def variables(shape: Shape) -> tuple[E.Var, ...]:
     return tuple(E.var(f"i{k}", n) for k, n in enumerate(shape))
 
 
+def point(v: E.Var) -> Expr:
+    """A loop variable, or 0 when that is its only value."""
+    return E.index(0) if v.size == 1 else v
+
+
 @lru_cache(maxsize=4096)
 def points(shape: Shape) -> Index:
     """The loop variables as an index, with 0 for dimensions of size 1, so that maps stay simple."""

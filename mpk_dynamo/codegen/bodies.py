@@ -234,7 +234,7 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         f"  static constexpr bool APPEND = {'true' if node.append else 'false'};",
         f"  static constexpr int MASK = {mask};",
         f"  static constexpr bool MASK_PER_HEAD = {'true' if node.mask is not None and node.h in node.mask.free else 'false'};",
-        f"  static constexpr float SCALE = {node.scale!r}f;",
+        f"  static constexpr float SCALE = {node.scale!r}f, SOFTCAP = {node.softcap or 0.0!r}f;",
     ]
 
     def make(names: Mapping[Expr, str]) -> Emitter:

@@ -83,7 +83,8 @@ class Attention:
 
     K(b, g, s, d) is `keys[key_index]`, with key_index over (b, g, s, d); V likewise. With `append`, the element at
     s == position is the appended one. `mask` is None, bool (False: ignore the key) or float (added). Only keys in
-    [first(b), last(b)) are live when these are given. A query with no live key gives zeros.
+    [first(b), last(b)) are live when these are given. A query with no live key gives zeros. With `softcap` c > 0,
+    the scaled score x is capped, c * tanh(x / c), before the mask.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Attention:
     first: Expr | None = None
     last: Expr | None = None
     append: Append | None = None
+    softcap: float | None = None
     origin: str = ""
 
 
@@ -131,7 +133,9 @@ class Graph:
         from dataclasses import replace
 
         new = replace(self, **changes, provenance=(*self.provenance, provenance))  # type: ignore[arg-type]
-        used = {name for node in new.nodes for name in (*reads(node), *writes(node))}
+        used: set[str] = set()
+        for node in new.nodes:
+            used.update(buffers_read(node), writes(node))
         used |= {o.buffer for o in new.outputs if o.buffer}
         storages = {new.buffers[name].storage for name in used}
         kept = {k: b for k, b in new.buffers.items() if k in used or (k in storages and k == b.storage)}
@@ -158,6 +162,14 @@ def reads(node: Node) -> list[str]:
     if isinstance(node, Attention):
         names += [node.keys, node.values]
     return list(dict.fromkeys(names))
+
+
+def buffers_read(node: Node) -> frozenset[str]:
+    """Like `reads`, as a set: quick, since expressions remember their buffers."""
+    names = frozenset().union(*(e.buffers for e in expressions(node)))
+    if isinstance(node, Linear):
+        return names.union(*(p.weights for p in node.parts))
+    return names | {node.keys, node.values} if isinstance(node, Attention) else names
 
 
 def writes(node: Node) -> list[str]:

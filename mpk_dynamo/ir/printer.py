@@ -32,7 +32,8 @@ def print_node(node: Node) -> str:
         return "\n".join(lines)
     assert isinstance(node, Attention)
     sizes = ", ".join(f"{v.name}<{v.size}" for v in (node.b, node.h, node.g, node.s, node.d))
-    lines = [f"{node.name} = attention({sizes}) scale={node.scale!r}{where}", f"  q = {render(node.q)}"]
+    cap = "" if node.softcap is None else f" softcap={node.softcap!r}"
+    lines = [f"{node.name} = attention({sizes}) scale={node.scale!r}{cap}{where}", f"  q = {render(node.q)}"]
     for label, name, idx in (("K", node.keys, node.key_index), ("V", node.values, node.value_index)):
         lines.append(f"  {label} = {name}[{', '.join(map(render, idx))}]")
     for label, e in (("mask", node.mask), ("first", node.first), ("last", node.last)):

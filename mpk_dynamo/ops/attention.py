@@ -200,7 +200,7 @@ class AttentionOperator:
                 at = int(position(memory, (), device)[0])
                 if start <= at < stop:
                     k[at - start], v[at - start] = new[0][0, 0], new[1][0, 0]
-            score = (q @ k.T) * node.scale
+            score = capped((q @ k.T) * node.scale, node.softcap)
             if mask is not None:
                 score = apply_mask(score, mask(memory, (), device)[0].expand(1, -1, keys)[0, :, start:stop])
             top, weight, total = softmax_parts(score)
@@ -266,6 +266,8 @@ class AttentionOperator:
         group = node.h.size // node.g.size
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         score = torch.einsum("bhd,bhsd->bhs", q, k) * node.scale
+        if node.softcap is not None:
+            score = torch.tanh(score / node.softcap) * node.softcap
         if node.mask is not None:
             mask = evaluate(node.mask, {**over_b, **over_h, **over_s}, memory).expand(score.shape)
             score = score.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else score + mask.float()
@@ -282,7 +284,7 @@ class AttentionOperator:
 
     def samples(self) -> list[tuple[Node, Graph]]:
         """Group sizes 1, 2, 4, 7; head sizes 16 to 128; cache lengths that divide by nothing; masks; live ranges;
-        with and without append; prologues on q and k."""
+        with and without append; prologues on q and k; capped scores."""
         bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
         return [
             _sample(bf16, 1, 2, 1, 37, 16), _sample(f16, 2, 1, 7, 45, 80, append=True),
@@ -291,6 +293,7 @@ class AttentionOperator:
             _sample(bf16, 3, 1, 2, 67, 64, mask="float"), _sample(f32, 1, 3, 4, 9, 16, mask="heads", live=True),
             _sample(bf16, 2, 2, 7, 100, 64, append=True, mask="causal", norm=True),
             _sample(f16, 2, 2, 1, 71, 16, append=True, live=True),
+            _sample(bf16, 2, 2, 2, 83, 64, append=True, mask="float", cap=True),
         ]
 
     def at_position(
@@ -312,6 +315,11 @@ class AttentionOperator:
             if all(start < stop for start, stop in inside):
                 out[tuple(slice(start, stop) for start, stop in inside)] = True
         return out
+
+
+def capped(score: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scaled scores, bent so that none exceeds `softcap` in size."""
+    return score if softcap is None else softcap * torch.tanh(score / softcap)
 
 
 def apply_mask(score: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -338,6 +346,7 @@ def divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 def _sample(
     dtype: DType, batch: int, groups: int, group: int, keys: int, depth: int,
     append: bool = False, mask: str = "", live: bool = False, norm: bool = False,
+    cap: bool = False,
 ) -> tuple[Node, Graph]:
     s, heads = Sample(), groups * group
     b, h, g, k, d = var("b", batch), var("h", heads), var("g", groups), var("s", keys), var("d", depth)
@@ -376,7 +385,7 @@ def _sample(
     store = (b, index(0), op("add", op("mul", h, index(depth)), d))
     node = Attention(
         "attention", b, h, g, k, d, query, k_old, (b, g, k, d), v_old, (b, k, g, d), depth**-0.5, out, store,
-        masks[mask], first, last, added,
+        masks[mask], first, last, added, 0.7 if cap else None,
     )
     if not append:
         for name in (k_new, v_new):

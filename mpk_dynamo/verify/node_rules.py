@@ -141,6 +141,8 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], ex: Expressions) 
         raise Broken(f"{h.size} query heads are no multiple of {g.size} key heads")
     if not math.isfinite(node.scale):
         raise Broken(f"scale {node.scale}")
+    if node.softcap is not None and not 0 < node.softcap < math.inf:
+        raise Broken(f"softcap {node.softcap}")
     ex.check(node.q, FLOATS, (b, h, d))
     for name, index in ((node.keys, node.key_index), (node.values, node.value_index)):
         if buffers[name].dtype not in FLOATS:

@@ -131,6 +131,8 @@ def run_attention(node: Attention, memory: Memory) -> None:
     q = Evaluation((node.b, node.h, node.d), memory)(node.q).double()
     group = node.h.size // node.g.size
     score = torch.einsum("bhd,bhsd->bhs", q, keys.repeat_interleave(group, 1)) * node.scale
+    if node.softcap is not None:
+        score = node.softcap * torch.tanh(score / node.softcap)
     if node.mask is not None:
         mask = Evaluation((node.b, node.h, node.s), memory)(node.mask)
         score = score.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else score + mask.double()

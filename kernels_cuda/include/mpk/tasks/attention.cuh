@@ -6,7 +6,7 @@
 // LANES (16 bytes each), each with its own online softmax, merged at the end in a fixed order.
 //
 // N (generated): Cache (element type); G (query heads per KV head), D, S, APPEND, MASK (0 none, 1 bool, 2 additive),
-// MASK_PER_HEAD, SCALE; q_row(c, group, b, h, store), key_row, value_row(c, group, b, g, store) with store(d, value); position(c, b),
+// MASK_PER_HEAD, SCALE, SOFTCAP (0: none); q_row(c, group, b, h, store), key_row, value_row(c, group, b, g, store) with store(d, value); position(c, b),
 // first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements; new_key_at, new_value_at:
 // the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value);
 // partial(pointer, value) stores a partial result; FLAGGED: whether they are their own flags.
@@ -126,6 +126,7 @@ MPK_DEVICE void attention(Ctx& c) {
 #pragma unroll
           for (int bit = S::LANES / 2; bit; bit >>= 1) score += __shfl_xor_sync(~0u, score, bit);
           score *= N::SCALE;
+          if constexpr (N::SOFTCAP != 0.0f) score = N::SOFTCAP * tanhf(score * (1.0f / N::SOFTCAP));
           bool dead = s >= end || ignore;
           const int head = g * N::G + min(h0 + h, N::G - 1);
           if constexpr (N::MASK == 1 && N::MASK_PER_HEAD) dead = dead || !N::mask_bool(c, b, head, s);
