@@ -1,4 +1,4 @@
-"""`python -m mpk_dynamo`: explain what happens to a model, measure it, list the options."""
+"""`python -m mpk_dynamo`: explain what happens to a model, measure it, survey model families, list the options."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
     bench.set_defaults(run=_bench)
 
+    coverage = commands.add_parser("coverage", help="model families: what is captured, with which accuracy")
+    coverage.add_argument("--family", nargs="*", default=[], metavar="NAME", help="default: all of families.py")
+    coverage.add_argument("--batch", nargs="*", type=int, default=[1, 3, 8], metavar="B")
+    coverage.add_argument("--markdown", action="store_true", help="as docs/coverage.md")
+    coverage.add_argument("--target", default="sm_90a", help="GPU or architecture that programs are generated for")
+    coverage.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the models run")
+    coverage.set_defaults(run=_coverage)
+
     options = commands.add_parser("options", help="the options of the backend")
     options.set_defaults(run=_options)
     return parser
@@ -72,6 +80,18 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench import run
 
+    return run(arguments)
+
+
+def _coverage(arguments: argparse.Namespace) -> int:
+    from .coverage import run
+    from .families import FAMILIES
+
+    unknown = sorted(set(arguments.family) - set(FAMILIES))
+    if unknown:
+        from ..errors import OptionError
+
+        raise OptionError(f"no family {', '.join(unknown)}", remedy=f"known families: {', '.join(FAMILIES)}")
     return run(arguments)
 
 
