@@ -125,8 +125,11 @@ def kernels(run: Any) -> list[str]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
-    on_gpu = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [name for name in on_gpu if not name.lower().startswith(("memcpy", "memset"))]
+    on_gpu = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # the device's timeline also shows copies, waits and the ranges that torch.compile annotates
+    others = ("memcpy", "memset", "context sync", "stream sync", "event sync", "torch-compiled", "##")
+    ranges = {e.name for e in on_gpu if getattr(e, "is_user_annotation", False)}
+    return [e.name for e in on_gpu if e.name not in ranges and not e.name.lower().startswith(others)]
 
 
 @kernel_only
