@@ -35,8 +35,8 @@ MPK_DEVICE SharedState<C>& shared_state() {
   return *reinterpret_cast<SharedState<C>*>(raw);
 }
 
-// What a task body sees. Bodies are functions of their own (see the generated Dispatch), so that ptxas gives each its
-// own registers: inlined side by side they spilled although none does alone. The ring position travels through them.
+// What a task body sees. A body may be a function of its own (see the generated Dispatch), so that ptxas gives each its
+// own registers: inlined side by side large ones spill although none does alone. The ring position travels through.
 template <class C>
 struct Context {
   using Reader = RingReader<Ring<C::SLOTS, C::SLOT_BYTES>, C::SLOTS>;

@@ -12,6 +12,10 @@ Polling the data costs two. So every intermediate result is flagged that can be:
   written twice could be seen too early;
 - read by a task, but not by one that writes it;
 - small: it takes its own memory, twice, for the whole launch, and every launch clears it.
+
+With several tokens a step keeps its events: every worker would poll all tokens' activations, and the polls slow down
+what they wait for (Llama-3.2-1B shapes at batch 8 on an H200: 2.33 ms flagged, 1.78 ms with events; at batch 1 0.73
+and 0.80).
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ WRITERS = frozenset(("linear", "attention", "attention_combine", "row_map"))
 def choose_flagged(tg: TaskGraph) -> TaskGraph:
     """The same tasks with `flagged` set, for `derive_events` to leave these edges out. Existing events are dropped:
     they may order more than is needed now."""
+    if any(isinstance(node, Linear) and node.t.size > 1 for node in tg.graph.nodes):
+        return replace(tg, flagged=frozenset(), events=())
     sharing: dict[str, list[Buffer]] = {}
     for b in tg.buffers.values():
         sharing.setdefault(b.storage, []).append(b)
