@@ -32,7 +32,7 @@ REDUCE = frozenset(("sum", "max", "min"))
 class Expr:
     """Base of all expressions. `dtype` is the type of the value, `children` the direct operands."""
 
-    __slots__ = ("dtype", "children", "_free", "_buffers", "_depth", "_loads", "_reductions")
+    __slots__ = ("dtype", "children", "_free", "_buffers", "_measure", "_loads", "_reductions")
     dtype: DType
     children: tuple["Expr", ...]
 
@@ -60,12 +60,29 @@ class Expr:
 
     @property
     def depth(self) -> int:
-        """Operators on the longest path into the expression."""
+        """Operations on the longest path into the expression."""
+        return self._measured()[0]
+
+    @property
+    def tree_size(self) -> int:
+        """Operations in the expression, common sub-expressions counted each time: at least the number of distinct."""
+        return self._measured()[1]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the expression holds a reduction."""
+        return self._measured()[2]
+
+    def _measured(self) -> tuple[int, int, bool]:
         try:
-            return self._depth
+            return self._measure
         except AttributeError:
-            self._depth: int = 1 + max((c.depth for c in self.children), default=0)
-            return self._depth
+            depth, size, reduces = 0, 1, isinstance(self, Reduce)
+            for c in self.children:
+                d, n, r = c._measured()
+                depth, size, reduces = max(depth, d), size + n, reduces or r
+            self._measure: tuple[int, int, bool] = (depth + 1, size, reduces)
+            return self._measure
 
     def __repr__(self) -> str:
         return render(self)
@@ -435,6 +452,8 @@ def walk(x: Expr) -> Iterator[Expr]:
 
 def loads(x: Expr) -> list[Load]:
     """Distinct loads, in a stable order."""
+    if not x.buffers:
+        return []
     try:
         return list(x._loads)
     except AttributeError:
@@ -444,6 +463,8 @@ def loads(x: Expr) -> list[Load]:
 
 def reductions(x: Expr) -> list[Reduce]:
     """Distinct reductions, inner ones first."""
+    if not x.reduces:
+        return []
     try:
         return list(x._reductions)
     except AttributeError:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from ...errors import Unsupported
 from ...ir.expr import Load, walk
-from ...ir.graph import Attention, Graph, Linear, Node, RowMap, expressions, writes
+from ...ir.graph import Graph, Linear, Node, RowMap, buffers_read, writes
 from ...ir.types import Buffer, BufferKind
 
 
@@ -81,15 +81,6 @@ class Flow:
         """Whether only nodes see the buffer, so that it may disappear."""
         return self.buffers[name].kind is BufferKind.SCRATCH and name not in self._returned
 
-    def reads_of(self, node: Node) -> frozenset[str]:
-        """Names of the buffers a node reads."""
-        names = frozenset().union(*(e.buffers for e in expressions(node)))
-        if isinstance(node, Linear):
-            names = names.union(*(p.weights for p in node.parts))
-        elif isinstance(node, Attention):
-            names |= {node.keys, node.values}
-        return names
-
     # --- order ---
 
     def must_precede(self, first: int, second: int) -> bool:
@@ -100,7 +91,7 @@ class Flow:
         """Whether node i can become `node`: what that reads is written before it and not overwritten before it,
         neither by another node nor, at other elements, by itself."""
         before = self._ancestors()
-        for name in self.reads_of(node) - self._reads[i]:
+        for name in buffers_read(node) - self._reads[i]:
             writer, overwriter = self._writer.get(name), self._writer.get(self._next.get(name, ""))
             if writer is not None and (writer == i or before[writer] >> i & 1):
                 return False
@@ -224,7 +215,7 @@ class Flow:
     # --- inside ---
 
     def _index_reads(self, i: int, node: Node) -> None:
-        self._reads[i] = self.reads_of(node)
+        self._reads[i] = buffers_read(node)
         for name in self._reads[i]:
             self._readers.setdefault(name, {})[i] = None
 

@@ -33,7 +33,7 @@ def _fused_once(i: int, node: Linear, flow: Flow) -> Linear | None:
         if len(readers) != 1 or not flow.is_internal(part.out):
             continue
         reader = flow[readers[0]]
-        if not isinstance(reader, RowMap) or E.reductions(reader.body):
+        if not isinstance(reader, RowMap) or reader.body.reduces:
             continue
         joined = _joined(node, reader, flow)
         if joined is None or not flow.can_join((i, readers[0])) or not flow.overwrites_only_what_it_read(joined):

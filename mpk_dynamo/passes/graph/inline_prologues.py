@@ -87,7 +87,7 @@ def _is_light(node: RowMap, readers: list[int], flow: Flow) -> bool:
     (a mean; not a product with a matrix), or something pointwise that only RowMaps read."""
     if is_gathering(node.body) or is_slow(node.body):
         return False
-    if E.reductions(node.body):
+    if node.body.reduces:
         return all(ld.free >= set(node.dims) for r in E.reductions(node.body) for ld in E.loads(r))
     return all(isinstance(flow[r], RowMap) for r in readers)
 
@@ -145,11 +145,11 @@ def _separate(x: Expr, rows: frozenset[Var] | None = None) -> bool:
 
 
 def _pointwise(x: Expr) -> bool:
-    return not E.reductions(x) and _is_small(x)
+    return not x.reduces and _is_small(x)
 
 
 def _is_small(x: Expr) -> bool:
-    return sum(1 for _ in E.walk(x)) <= SIZE_LIMIT
+    return x.tree_size <= SIZE_LIMIT or sum(1 for _ in E.walk(x)) <= SIZE_LIMIT
 
 
 def work_of(node: Node) -> int:

@@ -23,4 +23,8 @@ def _normalised(node: Node) -> Node:
         dims = tuple(E.var(f"i{k}", v.size) for k, v in enumerate(kept))
         renamed.update((v, new) for v, new in zip(kept, dims, strict=True) if v is not new)
         node = replace(node, dims=dims)
-    return map_expressions(node, lambda x: name_reductions(E.substitute(x, renamed) if renamed else x))
+
+    def form(x: Expr) -> Expr:
+        return name_reductions(x if x.free.isdisjoint(renamed) else E.substitute(x, renamed))
+
+    return map_expressions(node, form)

@@ -86,7 +86,7 @@ def is_gather(x: Load) -> bool:
 
 def is_cheap(x: Expr) -> bool:
     """Whether computing x again is as good as reading it."""
-    return not reductions(x) and len(loads(x)) <= CHEAP_LOADS and weight(x) <= CHEAP
+    return not x.reduces and len(loads(x)) <= CHEAP_LOADS and weight(x) <= CHEAP
 
 
 def is_gathering(x: Expr) -> bool:

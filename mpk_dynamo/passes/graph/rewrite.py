@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ...ir import expr as E
 from ...ir.expr import Expr, Load, Op, Reduce, Var
@@ -34,34 +35,27 @@ def replace_loads(x: Expr, values: Mapping[str, Callable[[tuple[Expr, ...]], Exp
 
 def map_expressions(node: Node, f: Callable[[Expr], Expr]) -> Node:
     """The node with `f` applied to each expression it holds. The node itself when nothing changes."""
-
-    def each(xs: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        return tuple(f(x) for x in xs)
-
-    def maybe(x: Expr | None) -> Expr | None:
-        return None if x is None else f(x)
-
+    if isinstance(node, Linear):
+        parts = tuple(_changed(p, epilogue=f(p.epilogue), store=_each(f, p.store)) for p in node.parts)
+        return _changed(node, x=f(node.x), parts=parts)
     if isinstance(node, RowMap):
-        new: Node = replace(node, body=f(node.body), store=each(node.store))
-    elif isinstance(node, Linear):
-        parts = tuple(replace(p, epilogue=f(p.epilogue), store=each(p.store)) for p in node.parts)
-        new = replace(node, x=f(node.x), parts=parts)
-    else:
-        append = node.append
-        if append is not None:
-            append = replace(append, position=f(append.position), key=f(append.key), value=f(append.value))
-        new = replace(
-            node,
-            q=f(node.q),
-            key_index=each(node.key_index),
-            value_index=each(node.value_index),
-            store=each(node.store),
-            mask=maybe(node.mask),
-            first=maybe(node.first),
-            last=maybe(node.last),
-            append=append,
-        )
-    return node if new == node else new
+        return _changed(node, body=f(node.body), store=_each(f, node.store))
+    append = node.append
+    if append is not None:
+        append = _changed(append, position=f(append.position), key=f(append.key), value=f(append.value))
+    single = {name: getattr(node, name) for name in ("q", "mask", "first", "last")}
+    index = {name: _each(f, getattr(node, name)) for name in ("key_index", "value_index", "store")}
+    return _changed(node, append=append, **index, **{k: None if x is None else f(x) for k, x in single.items()})
+
+
+def _each(f: Callable[[Expr], Expr], xs: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    return tuple([f(x) for x in xs])
+
+
+def _changed(old: Any, **fields: Any) -> Any:
+    """`old` with these fields, or itself when they are what it has."""
+    new = {k: v for k, v in fields.items() if v != getattr(old, k)}
+    return replace(old, **new) if new else old
 
 
 def variables(node: Node) -> tuple[Var, ...]:
@@ -75,15 +69,21 @@ def variables(node: Node) -> tuple[Var, ...]:
 
 def flat_index(index: tuple[Expr, ...], strides: tuple[int, ...]) -> Expr:
     """sum(index[i] * strides[i]), with a variable split by // and % put together again."""
-    total: Expr = E.index(0)
+    terms: dict[Expr, int] = {}
+    constant = 0
     for e, stride in zip(index, strides, strict=True):
-        total = E.op("add", total, E.op("mul", e, E.index(stride)))
-    return recombine(total)
+        found, rest = E.linear_terms(e)
+        constant += rest * stride
+        for term, c in found.items():
+            terms[term] = terms.get(term, 0) + c * stride
+    return recombine(E.from_terms({t: c for t, c in terms.items() if c}, constant))
 
 
 def recombine(x: Expr) -> Expr:
     """x with c*d*(y // d) + c*(y % d) written as c*y, until there is none left."""
     terms, constant = E.linear_terms(x)
+    if not any(isinstance(t, Op) and t.name == "mod" for t in terms):
+        return x
     changed = True
     while changed:
         changed = False
@@ -127,7 +127,7 @@ def name_reductions(x: Expr) -> Expr:
     """x with the variable of each reduction named by how deep reductions nest inside it: r0, r1, ...
 
     Equal computations become one object, and no variable is bound again inside its own scope."""
-    if not E.reductions(x):
+    if not x.reduces:
         return x
     memo: dict[Expr, tuple[Expr, int]] = {}
 
