@@ -99,6 +99,8 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
     # The prologue, `width` consecutive k at a time. What it reads along k is held in registers: operands that nothing
     # writes (weights of norms) are loaded before the task's events have come, the rest once, right after.
     found = reductions(node.x)
+    if found and node.t.size > 1:
+        raise Unsupported("with several tokens the prologue of a linear may hold no reductions", origin=node.origin)
     for r in found:
         if r.var.size != node.k.size or not r.free <= {node.t}:
             raise Unsupported(f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin)

@@ -28,7 +28,8 @@ def compile_options(target: Target, *, lineinfo: bool = False) -> tuple[str, ...
     """Options that determine the result, without include paths. Raises CompileError for a target without cubins."""
     if not target.is_gpu:
         raise CompileError(f"target {target.name} has no architecture to compile for; choose a GPU such as sm_90a")
-    options = [f"-arch={target.arch}", "-std=c++20", "-default-device", "-Xptxas=-v"]
+    # without contraction, a product and a sum of the graph stay two roundings, as in eager
+    options = [f"-arch={target.arch}", "-std=c++20", "-default-device", "-fmad=false", "-Xptxas=-v"]
     return tuple(options + (["-lineinfo"] if lineinfo else []))
 
 

@@ -68,18 +68,22 @@ MPK_DEVICE void attention(Ctx& c) {
   for (int r = warp; r < S::ROWS; r += W) {
     float* to = rows + r * D;
     const auto store = [&](int d, float v) { to[d] = v; };
-    if (r < N::G) N::q_row(c, group, b, g * N::G + r, store);
-    else if (N::APPEND && r == N::G) N::key_row(c, group, b, g, store);
-    else if (N::APPEND) N::value_row(c, group, b, g, store);
+    if (r < N::G) {
+      N::q_row(c, group, b, g * N::G + r, store);
+    } else if constexpr (N::APPEND) {
+      if (r == N::G) N::key_row(c, group, b, g, store);
+      else N::value_row(c, group, b, g, store);
+    }
   }
   c.barrier();
   const float* new_key = rows + N::G * D;
   const float* new_value = new_key + D;
-  if (N::APPEND && split == 0 && position >= 0) {
-    for (int d = threadIdx.x; d < D; d += kConsumers) {
-      store1(N::new_key_at(c, b, g, position) + d, new_key[d]);
-      store1(N::new_value_at(c, b, g, position) + d, new_value[d]);
-    }
+  if constexpr (N::APPEND) {
+    if (split == 0 && position >= 0)
+      for (int d = threadIdx.x; d < D; d += kConsumers) {
+        store1(N::new_key_at(c, b, g, position) + d, new_key[d]);
+        store1(N::new_value_at(c, b, g, position) + d, new_value[d]);
+      }
   }
   constexpr float kLog2e = 1.4426950408889634f;
 #pragma unroll 1
