@@ -160,7 +160,8 @@ def header() -> str:
     names = "VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS"
     for name in f"{names} MAX_OPERANDS MAX_WAITS MAX_SEGMENTS".split():
         lines.append(f"constexpr u32 {name} = {globals()[name]};")
-    lines += [f"constexpr u64 ARENA_REF = {ARENA_REF}ull;", f"constexpr u64 FLAGGED_REF = {FLAGGED_REF}ull;", f"constexpr u64 NO_REF = {NO_REF}ull;"]
+    for name in ("ARENA_REF", "FLAGGED_REF", "NO_REF"):
+        lines.append(f"constexpr u64 {name} = {globals()[name]}ull;")
     lines += [f"constexpr u32 TABLE_{name.upper()} = {i};" for i, (name, _) in enumerate(TABLES)]
     for s in STRUCTS:
         body = " ".join(f"{t} {f}{f'[{n}]' if n > 1 else ''};" for f, t, n in s.fields)

@@ -34,14 +34,20 @@ def generate(schedule: Schedule, target: Target) -> Program:
             raise Unsupported("an in-place shift of a tensor has no device form yet", origin=node.origin)
         for op, body in bodies(node, tg.buffers, split=index in split, flagged=tg.flagged).items():
             if len(body.operands) > abi.MAX_OPERANDS:
-                raise Unsupported(f"{node.name} uses {len(body.operands)} buffers; {abi.MAX_OPERANDS} fit", origin=node.origin)
+                raise Unsupported(
+                    f"{node.name} uses {len(body.operands)} buffers; {abi.MAX_OPERANDS} fit", origin=node.origin
+                )
             found[index, op] = body
     kinds: dict[tuple[str, str], int] = {}
     opcodes = {key: kinds.setdefault((found[key].call, found[key].text), len(kinds)) for key in used}
     slot_bytes = max(
         [
             linear_geometry(
-                n.k.size, n.t.size, tg.buffers[n.parts[0].weights[0]].dtype, max(len(p.weights) for p in n.parts), n.origin
+                n.k.size,
+                n.t.size,
+                tg.buffers[n.parts[0].weights[0]].dtype,
+                max(len(p.weights) for p in n.parts),
+                n.origin,
             ).slot_bytes
             for n in tg.graph.nodes
             if isinstance(n, Linear)
@@ -65,8 +71,8 @@ def generate(schedule: Schedule, target: Target) -> Program:
 
 def _source(kinds: dict[tuple[str, str], int], slot_bytes: int, target: Target, bindings: int) -> str:
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
-    # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 2 % of a step is saved; larger
-    # ones spill unless each is a function.
+    # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 2 % of a step is saved;
+    # larger ones spill unless each is a function.
     small = all(call != "linear_mma" and "using Element = float;" not in text for call, text in kinds)
     kind_of_call = "MPK_DEVICE" if small else "__device__ __noinline__"
     runs = [
@@ -121,7 +127,8 @@ struct Dispatch {{
 
 }}  // namespace mpk
 
-extern "C" __global__ void __launch_bounds__({THREADS}, 1) {abi.KERNEL_NAME}(const __grid_constant__ mpk::Launch launch) {{
+extern "C" __global__ void __launch_bounds__({THREADS}, 1)
+{abi.KERNEL_NAME}(const __grid_constant__ mpk::Launch launch) {{
   mpk::megakernel<mpk::Config, mpk::Dispatch>(launch);
 }}
 """

@@ -11,7 +11,14 @@ from ..ir.graph import Attention, Linear, Node, RowMap
 from ..ir.types import Buffer, BufferKind, DType
 from ..ops.row_map import row_dims
 from .expressions import (
-    MEMORY_TYPE, REDUCERS, Emitter, Operands, aligned_loads, row_function, split_index, unconditional_loads,
+    MEMORY_TYPE,
+    REDUCERS,
+    Emitter,
+    Operands,
+    aligned_loads,
+    row_function,
+    split_index,
+    unconditional_loads,
 )  # fmt: skip
 from .geometry import linear_geometry
 
@@ -31,8 +38,8 @@ class Body:
 def bodies(
     node: Node, buffers: Mapping[str, Buffer], *, split: bool = False, flagged: frozenset[str] = frozenset()
 ) -> dict[str, Body]:
-    """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines. `flagged`: storages whose
-    elements are their own flags."""
+    """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines. `flagged`: storages
+    whose elements are their own flags."""
     if isinstance(node, RowMap):
         return {"row_map": _row_map(node, buffers, flagged)}
     if isinstance(node, Linear):
@@ -94,7 +101,8 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
     lines = [
         f"  using Element = {element};",
         f"  static constexpr bool HALF = {'true' if weight.dtype is DType.F16 else 'false'};",
-        f"  static constexpr int T = {node.t.size}, K = {node.k.size}, JOINT = {joint}, COPY_BYTES = {geometry.copy_bytes};",
+        f"  static constexpr int T = {node.t.size}, K = {node.k.size}, JOINT = {joint};",
+        f"  static constexpr int COPY_BYTES = {geometry.copy_bytes};",
     ]
     # The prologue, `width` consecutive k at a time. What it reads along k is held in registers: operands that nothing
     # writes (weights of norms) are loaded before the task's events have come, the rest once, right after.
@@ -103,14 +111,17 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         raise Unsupported("with several tokens the prologue of a linear may hold no reductions", origin=node.origin)
     for r in found:
         if r.var.size != node.k.size or not r.free <= {node.t}:
-            raise Unsupported(f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin)
+            raise Unsupported(
+                f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin
+            )
     lines.append(f"  static constexpr int REDUCTIONS = {len(found)};")
     along_k = [substitute(r.body, {r.var: node.k}) for r in found]
     held = list(dict.fromkeys(ld for e in (*along_k, node.x) for ld in aligned_loads(e, buffers, node.k, width)))
     held = [ld for ld in held if buffers[ld.buffer].storage not in flagged or ld.dtype.itemsize * width % 16 == 0]
     packs = ["FlaggedPack" if buffers[ld.buffer].storage in flagged else "Pack" for ld in held]
     members = " ".join(
-        f"{pack}<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};" for i, (pack, ld) in enumerate(zip(packs, held))
+        f"{pack}<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};"
+        for i, (pack, ld) in enumerate(zip(packs, held))
     )
     lines.append(f"  struct Held {{ {members} }};")
     fixed, moving, polled = [], [], []
@@ -135,7 +146,11 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         used = [i for i, ld in enumerate(held) if ld in set(loads(body))]
         arrays = " ".join(f"float a{i}[{width}]; held.v{i}.unpack(a{i});" for i in used)
         inner = Emitter(
-            buffers, operands, {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}}, flagged=flagged, origin=node.origin
+            buffers,
+            operands,
+            {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}},
+            flagged=flagged,
+            origin=node.origin,
         )
         value = inner.emit(body)
         return (
@@ -150,13 +165,17 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         combines.append(REDUCERS[r.name])
         names[r] = f"red[{i}]"
     if found:
-        lines.append(f"  template <int I, class Ctx> MPK_DEVICE static void term({arguments}) {{\n" + "\n".join(terms) + "\n  }")
+        lines.append(
+            f"  template <int I, class Ctx> MPK_DEVICE static void term({arguments}) {{\n" + "\n".join(terms) + "\n  }"
+        )
         chain = combines[-1]
         for i in reversed(range(len(combines) - 1)):
             chain = f"Select<I == {i}, {combines[i]}, {chain}>"
         lines.append(f"  template <int I> using Combine = {chain};")
     lines.append(f"  {TEMPLATE} MPK_DEVICE static void x({arguments}) {{\n    {vector(node.x)}\n  }}")
-    lines.append(f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ load_vector_shared<{element}>(p, out); }}")
+    lines.append(
+        f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ load_vector_shared<{element}>(p, out); }}"
+    )
     counts = [len(p.weights) for p in node.parts]
     lines.append(f"  MPK_DEVICE static int joint(u32 part) {{ return {_choose([str(n) for n in counts])}; }}")
     # What the epilogue reads is loaded before the weights stream by, and held.
@@ -183,8 +202,7 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
             if settling.is_flagged(ld.buffer):
                 kind = MEMORY_TYPE[buffers[ld.buffer].dtype]
                 known[ld] = f"float_of<{kind}>(settle(c, held[{j}], {settling.address(ld)}))"
-        emitter = Emitter(
-            buffers, operands, known, counter=settling.counter, flagged=flagged, origin=p.origin)
+        emitter = Emitter(buffers, operands, known, counter=settling.counter, flagged=flagged, origin=p.origin)
         value = emitter.emit(p.epilogue)
         store = emitter.store(p.out, p.store, value)
         cases.append(f"    if (part == {i}) {{ {' '.join((*settling.lines, *emitter.lines))} {store} return; }}")
@@ -214,7 +232,9 @@ def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str
         for term, c in terms.items():
             step = c * stride
             if (term is d and step != 1) or (term is not d and (d in term.free or step % 8)):
-                raise Unsupported(f"cache {buffer.name} with strides {buffer.strides} is not 16-byte rows of {d.size}", origin=origin)
+                raise Unsupported(
+                    f"cache {buffer.name} with strides {buffer.strides} is not 16-byte rows of {d.size}", origin=origin
+                )
         if constant * stride % 8:
             raise Unsupported(f"cache {buffer.name}: rows do not start at 16-byte boundaries", origin=origin)
 
@@ -232,10 +252,11 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
     mask = 0 if node.mask is None else 1 if node.mask.dtype is DType.BOOL else 2
     lines = [
         f"  using Cache = {cache};",
-        f"  static constexpr int G = {node.h.size // node.g.size}, H = {node.h.size}, D = {node.d.size}, S = {node.s.size};",
+        f"  static constexpr int G = {node.h.size // node.g.size}, H = {node.h.size}, D = {node.d.size};",
+        f"  static constexpr int S = {node.s.size};",
         f"  static constexpr bool APPEND = {'true' if node.append else 'false'};",
         f"  static constexpr int MASK = {mask};",
-        f"  static constexpr bool MASK_PER_HEAD = {'true' if node.mask is not None and node.h in node.mask.free else 'false'};",
+        f"  static constexpr bool MASK_PER_HEAD = {'true' if mask and node.h in node.mask.free else 'false'};",
         f"  static constexpr float SCALE = {node.scale!r}f, SOFTCAP = {node.softcap or 0.0!r}f;",
     ]
 
@@ -244,19 +265,24 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
 
     def row(name: str, head: Var, body: Expr) -> str:
         text = row_function(
-            name, (("b", node.b), ("h", head)), (node.d,), cast(body, DType.F32), make,
+            name,
+            (("b", node.b), ("h", head)),
+            (node.d,),
+            cast(body, DType.F32),
+            make,
             lambda _, value: f"store(x_{node.d.name}, {value});",
         )
         return (
-            f"  template <class Ctx, class G_, class Store> MPK_DEVICE static void {name}(Ctx& c, const G_& g, int b, int h, "
-            f"const Store& store) {{\n    using G = G_;\n    {text}\n  }}"
+            f"  template <class Ctx, class G_, class Store> MPK_DEVICE static void {name}(Ctx& c, const G_& g, "
+            f"int b, int h, const Store& store) {{\n    using G = G_;\n    {text}\n  }}"
         )
 
     def scalar(name: str, result: str, parameters: tuple[tuple[str, Var], ...], body: Expr) -> str:
         emitter = make({v: n for n, v in parameters})
         value = emitter.emit(body)
         args = "".join(f", int {n}" for n, _ in parameters)
-        return f"  {TEMPLATE} MPK_DEVICE static {result} {name}(Ctx& c{args}) {{ {' '.join(emitter.lines)} return {value}; }}"
+        lines = f"{' '.join(emitter.lines)} return {value};"
+        return f"  {TEMPLATE} MPK_DEVICE static {result} {name}(Ctx& c{args}) {{ {lines} }}"
 
     def address(name: str, buffer: str, idx: tuple[Expr, ...]) -> str:
         emitter = make({node.b: "b", node.g: "g", node.s: "s"})
@@ -304,7 +330,8 @@ def _attention_store(
 ) -> str:
     emitter = Emitter(buffers, operands, {node.b: "b", node.h: "h", node.d: "d"}, flagged=flagged, origin=node.origin)
     text = emitter.store(node.out, node.store, "value")
-    return f"  {TEMPLATE} MPK_DEVICE static void store(Ctx& c, int b, int h, int d, float value) {{ {' '.join(emitter.lines)} {text} }}"
+    lines = f"{' '.join(emitter.lines)} {text}"
+    return f"  {TEMPLATE} MPK_DEVICE static void store(Ctx& c, int b, int h, int d, float value) {{ {lines} }}"
 
 
 def _combine(node: Attention, buffers: Mapping[str, Buffer], flagged: frozenset[str]) -> Body:
@@ -317,5 +344,3 @@ def _combine(node: Attention, buffers: Mapping[str, Buffer], flagged: frozenset[
         _attention_store(node, buffers, operands, flagged),
     ]
     return Body("attention_combine", "attention_combine", "\n".join(lines) + "\n", tuple(operands.names))
-
-

@@ -11,7 +11,21 @@ from collections.abc import Callable, Mapping
 
 from ..errors import Unsupported
 from ..ir.expr import (
-    Acc, Const, Expr, Load, Op, Reduce, Var, bounds, from_terms, index, linear_terms, loads, op, substitute, walk,
+    Acc,
+    Const,
+    Expr,
+    Load,
+    Op,
+    Reduce,
+    Var,
+    bounds,
+    from_terms,
+    index,
+    linear_terms,
+    loads,
+    op,
+    substitute,
+    walk,
 )  # fmt: skip
 from ..ir.types import Buffer, DType
 
@@ -79,7 +93,12 @@ class Emitter:
     def child(self, names: Mapping[Expr, str] = {}) -> "Emitter":
         """A nested block: sees this block's values, its own stay inside."""
         return Emitter(
-            self.buffers, self.operands, {**self.names, **names}, flagged=self.flagged, counter=self.counter, origin=self.origin
+            self.buffers,
+            self.operands,
+            {**self.names, **names},
+            flagged=self.flagged,
+            counter=self.counter,
+            origin=self.origin,
         )
 
     def emit(self, e: Expr) -> str:
@@ -130,7 +149,11 @@ class Emitter:
             limits = [bounds(c) for c in e.children]
             plain = all(x is not None and x[0] >= 0 for x in limits)
             sign = "/" if e.name == "floordiv" else "%"
-            text = f"{{0}} {sign} {{1}}" if plain else f"{'floor_div' if e.name == 'floordiv' else 'floor_mod'}({{0}}, {{1}})"
+            text = (
+                f"{{0}} {sign} {{1}}"
+                if plain
+                else f"{'floor_div' if e.name == 'floordiv' else 'floor_mod'}({{0}}, {{1}})"
+            )
         else:
             text = _UNARY_INT.get(e.name) or _BINARY_INT.get(e.name)
             if e.name in ("add", "sub", "mul", "max", "min") and ctype(e) == "i64":
@@ -184,7 +207,12 @@ def aligned_loads(e: Expr, buffers: Mapping[str, Buffer], along: Var, width: int
     found = []
     for ld in unconditional_loads(e):
         dtype = buffers[ld.buffer].dtype
-        if along in ld.free and dtype.is_float and dtype is not DType.F64 and _aligned(ld, buffers[ld.buffer], along, width):
+        if (
+            along in ld.free
+            and dtype.is_float
+            and dtype is not DType.F64
+            and _aligned(ld, buffers[ld.buffer], along, width)
+        ):
             found.append(ld)
     return found
 
@@ -254,7 +282,8 @@ def _cast(text: str, source: DType, to: DType) -> str:
         return f"round_to<{MEMORY_TYPE[to]}>(static_cast<float>({text}))"
     if to is DType.BOOL:
         return f"({text} != 0)"
-    return f"static_cast<{ {DType.F32: 'float', DType.F64: 'double', DType.I64: 'i64', DType.I32: 'int', DType.U8: 'u8'}[to]}>({text})"
+    target = {DType.F32: "float", DType.F64: "double", DType.I64: "i64", DType.I32: "int", DType.U8: "u8"}[to]
+    return f"static_cast<{target}>({text})"
 
 
 def row_function(

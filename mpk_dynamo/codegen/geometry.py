@@ -36,7 +36,8 @@ def linear_geometry(k: int, tokens: int, dtype: DType, joint: int, origin: str =
     row_bytes = k * dtype.itemsize
     if row_bytes % 16:
         raise Unsupported(
-            f"a weight row of {k} {dtype.value} elements is not a multiple of 16 bytes", origin=origin,
+            f"a weight row of {k} {dtype.value} elements is not a multiple of 16 bytes",
+            origin=origin,
             remedy="the part runs in the fallback",
         )
     if tokens > 1 and dtype.is_narrow_float and joint in (1, 2, 4):

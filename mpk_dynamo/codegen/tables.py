@@ -79,7 +79,11 @@ def build_tables(
 
 
 def _add_linear(
-    node: Linear, tile: tuple[int, ...], buffers: dict[str, Buffer], references: References, rows: dict[str, list[tuple]]
+    node: Linear,
+    tile: tuple[int, ...],
+    buffers: dict[str, Buffer],
+    references: References,
+    rows: dict[str, list[tuple]],
 ) -> None:
     weight = buffers[node.parts[0].weights[0]]
     joint = max(len(p.weights) for p in node.parts)
