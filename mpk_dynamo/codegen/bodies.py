@@ -174,7 +174,8 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         lines.append(f"  template <int I> using Combine = {chain};")
     lines.append(f"  {TEMPLATE} MPK_DEVICE static void x({arguments}) {{\n    {vector(node.x)}\n  }}")
     lines.append(
-        f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ load_vector_shared<{element}>(p, out); }}"
+        f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ "
+        f"load_vector_shared<{element}>(p, out); }}"
     )
     counts = [len(p.weights) for p in node.parts]
     lines.append(f"  MPK_DEVICE static int joint(u32 part) {{ return {_choose([str(n) for n in counts])}; }}")

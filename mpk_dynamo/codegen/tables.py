@@ -98,5 +98,5 @@ def _add_linear(
         for first in range(0, count, geometry.block_rows or count):
             n = min(geometry.block_rows or count, count - first)
             bases = [references.of(w, (row + first) * row_bytes) for w in weights]
-            rows["runs"].append((bases[0], bases[1] if len(bases) > 1 else abi.NO_REF, n, row_bytes, geometry.copy_bytes,
-                                 int(geometry.tiled)))  # fmt: skip
+            second = bases[1] if len(bases) > 1 else abi.NO_REF
+            rows["runs"].append((bases[0], second, n, row_bytes, geometry.copy_bytes, int(geometry.tiled)))
