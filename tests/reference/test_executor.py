@@ -16,7 +16,8 @@ from mpk_dynamo.ir.types import BufferKind, DType
 from mpk_dynamo.ops import operator_of
 from mpk_dynamo.ops.sampling import Sample, rms_norm, sample_tensors
 from mpk_dynamo.passes.schedule import schedule
-from mpk_dynamo.passes.tasks import choose_flagged, derive_events, flagged_edges, tile
+from mpk_dynamo.passes.tasks import derive_events, flagged_edges, tile
+from mpk_dynamo.passes.tasks.choose_flagged import flaggable
 from mpk_dynamo.reference import Executor, allocate, interleave, run_tasks, task_order
 from mpk_dynamo.reference.guard import check_task, checked
 
@@ -102,7 +103,7 @@ def results(memory):
 
 def tasks(workers: int, flagged: bool = False):
     tg = tile(GRAPH, workers)
-    return derive_events(choose_flagged(tg) if flagged else tg)
+    return derive_events(dataclasses.replace(tg, flagged=flaggable(tg)) if flagged else tg)
 
 
 @pytest.mark.parametrize("flagged", [False, True])

@@ -42,8 +42,12 @@ WRITERS = frozenset(("linear", "attention", "attention_combine", "row_map"))
 def choose_flagged(tg: TaskGraph) -> TaskGraph:
     """The same tasks with `flagged` set, for `derive_events` to leave these edges out. Existing events are dropped:
     they may order more than is needed now."""
-    if any(isinstance(node, Linear) and node.t.size > 1 for node in tg.graph.nodes):
-        return replace(tg, flagged=frozenset(), events=())
+    several_tokens = any(isinstance(node, Linear) and node.t.size > 1 for node in tg.graph.nodes)
+    return replace(tg, flagged=frozenset() if several_tokens else flaggable(tg), events=())
+
+
+def flaggable(tg: TaskGraph) -> frozenset[str]:
+    """Every storage that may be flagged, whether it pays or not."""
     sharing: dict[str, list[Buffer]] = {}
     for b in tg.buffers.values():
         sharing.setdefault(b.storage, []).append(b)
@@ -65,8 +69,7 @@ def choose_flagged(tg: TaskGraph) -> TaskGraph:
                 if task.op not in WRITERS or a.side is not None:
                     del candidates[a.buffer]
     # the verifier proves that written boxes are disjoint; then equal sizes say that nothing is left out
-    flagged = frozenset(b.storage for b in candidates.values() if b.name in read and written[b.name] == b.numel)
-    return replace(tg, flagged=flagged, events=())
+    return frozenset(b.storage for b in candidates.values() if b.name in read and written[b.name] == b.numel)
 
 
 def _fits(b: Buffer) -> bool:
