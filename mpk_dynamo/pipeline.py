@@ -15,6 +15,7 @@ from .ir import printer
 from .report import Report
 from .settings import Settings
 from .specialize import fix_numbers, has_symbols, returned_numbers, without_symbols
+from .verify.report import without_collector
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -52,6 +53,7 @@ def compile_graph(
     return returned_numbers(gm, compiled)
 
 
+@without_collector
 def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump) -> "Captured":
     """Dynamo's graph as a verified, unfused Graph."""
     from .capture import capture
@@ -73,6 +75,7 @@ def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], repor
     return captured
 
 
+@without_collector
 def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: Dump) -> "Schedule":
     """A captured Graph as a verified Schedule for `workers` workers of `target`."""
     from .passes.graph import PASSES
@@ -103,6 +106,7 @@ def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: 
     return schedule
 
 
+@without_collector
 def emit(schedule: "Schedule", target: "Target", report: Report, dump: Dump) -> "Program":
     """A Schedule as a verified Program for `target`."""
     from .codegen import generate

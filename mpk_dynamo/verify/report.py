@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
-Verify = TypeVar("Verify", bound=Callable[..., Any])
+Work = TypeVar("Work", bound=Callable[..., Any])
 
 
-def without_collector(verify: Verify) -> Verify:
-    """Run with the cyclic garbage collector paused: verification makes a hundred thousand small objects and no cycle,
-    and the collector would walk the whole program again and again (a quarter of the time)."""
+def without_collector(work: Work) -> Work:
+    """Run with the cyclic garbage collector paused: a compile makes hundreds of thousands of small objects and next
+    to no cycles, and the collector would walk the whole program again and again (a quarter of the time)."""
 
-    @wraps(verify)
+    @wraps(work)
     def paused(*args: Any, **kwargs: Any) -> Any:
         was_enabled = gc.isenabled()
         gc.disable()
         try:
-            return verify(*args, **kwargs)
+            return work(*args, **kwargs)
         finally:
             if was_enabled:
                 gc.enable()
