@@ -124,7 +124,7 @@ class _Builder:
         where = f"model.layers.{layer}.self_attn"
         self.nodes.append(
             Attention(f"attention{len(self.nodes)}", b, h, g, key, d, head(q, h), keys1, (b, g, key, d), values1,
-                      (b, g, key, d), dim**-0.5, out, store, mask, None, None, append, where)
+                      (b, g, key, d), dim**-0.5, out, store, mask, None, None, append, origin=where)
         )  # fmt: skip
 
         partition, node = ex.render(position), self.nodes[-1].name
