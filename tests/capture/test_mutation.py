@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import run, same
+from capturing import run, same
 
 from mpk_dynamo.errors import Unsupported
 from mpk_dynamo.ir.types import BufferKind
@@ -91,7 +91,7 @@ def test_a_sliding_window_moves_in_place() -> None:
 
 def test_constants_and_none_are_returned_as_they_are() -> None:
     # a whole graph of Dynamo returns tensors only, so this is one made by hand
-    from conftest import Grab
+    from capturing import Grab
 
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
@@ -105,7 +105,7 @@ def test_constants_and_none_are_returned_as_they_are() -> None:
 
 
 def test_inputs_that_share_memory_with_a_written_one_are_refused() -> None:
-    from conftest import Grab
+    from capturing import Grab
 
     graph = torch.fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
+from capturing import same
 
 from mpk_dynamo.capture.pointwise import names
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Grab, same
+from capturing import Grab, same
 
 from mpk_dynamo.capture.values import points
 from mpk_dynamo.capture.views import regroup

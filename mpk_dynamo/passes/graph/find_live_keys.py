@@ -10,17 +10,18 @@ from ...ir.graph import Attention, Graph, RowMap
 from ...ir.types import Buffer, BufferKind, DType, buffer
 from .flow import Flow
 
+IGNORED = -1e30
+"""Added to a score, a number at most this leaves the key no weight, unless no key has more."""
+
 
 def find_live_keys(graph: Graph) -> Graph:
-    """For each distinct bool mask, one RowMap that computes (first live key, last live key + 1), for all Attentions
-    with that mask: they read only the keys between. A key is live when any head may see it. Where none is, the range
-    is empty: (number of keys, 0)."""
+    """For each distinct mask, one RowMap that computes (first live key, last live key + 1), for all Attentions with
+    that mask: they read only the keys between. A key is live when any head may see it. Where none is, the range is
+    empty for a bool mask, (number of keys, 0), and has all keys for one that is added: then all count."""
     flow = Flow(graph)
     known: dict[object, tuple[str, bool]] = {}
     for i, node in flow:
         if not isinstance(node, Attention) or node.mask is None or node.first is not None or node.s.size == 1:
-            continue
-        if node.mask.dtype is not DType.BOOL:
             continue
         key = (node.mask, node.b, node.h, node.s)
         if key not in known:
@@ -47,10 +48,17 @@ def _range(node: Attention, per_sequence: bool, flow: Flow) -> tuple[Buffer, Row
     at: dict[E.Var, Expr] = {node.s: key, node.h: E.op("floordiv", step, E.index(keys))}
     if per_sequence:
         at[node.b] = dims[0]
+    added = node.mask.dtype is not DType.BOOL
     live = E.substitute(node.mask, at)
+    if added:
+        live = E.op("gt", E.cast(live, DType.F32), E.const(IGNORED, DType.F32))
     number, behind = E.cast(key, DType.I32), E.cast(E.op("add", key, E.index(1)), DType.I32)
     first = E.reduce("min", step, E.where(live, number, E.const(keys, DType.I32)))
     last = E.reduce("max", step, E.where(live, behind, E.const(0, DType.I32)))
+    if added:
+        none = E.op("eq", last, E.const(0, DType.I32))
+        first = E.where(none, E.const(0, DType.I32), first)
+        last = E.where(none, E.const(keys, DType.I32), last)
     body = E.where(E.op("eq", dims[-1], E.index(0)), first, last)
     store = (dims[0] if per_sequence else E.index(0), dims[-1])
     return made, RowMap(name, dims, body, name, store, node.origin)
