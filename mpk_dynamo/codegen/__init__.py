@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import replace
+
 from .. import abi
 from ..errors import Unsupported
-from ..ir.graph import Linear, RowMap
+from ..ir.graph import Attention, Linear, RowMap
 from ..ir.program import Program
 from ..ir.schedule import Schedule
+from ..ir.tasks import TaskGraph
+from ..ops.attention import partial_names
 from ..ops.row_map import shifts_in_place
+from ..ops.structure import Structure, structure_of
 from ..targets import Target
 from .bodies import Body, bodies
 from .geometry import linear_geometry
@@ -27,17 +33,7 @@ def generate(schedule: Schedule, target: Target) -> Program:
     """Raises Unsupported when a node has no device form (the pipeline then falls back, reported)."""
     tg = schedule.tasks
     used = sorted({(t.node, t.op) for t in tg.tasks})
-    split = {node for node, op in used if op == "attention_combine"}
-    found: dict[tuple[int, str], Body] = {}
-    for index, node in enumerate(tg.graph.nodes):
-        if isinstance(node, RowMap) and shifts_in_place(node, tg.buffers):
-            raise Unsupported("an in-place shift of a tensor has no device form yet", origin=node.origin)
-        for op, body in bodies(node, tg.buffers, split=index in split, flagged=tg.flagged).items():
-            if len(body.operands) > abi.MAX_OPERANDS:
-                raise Unsupported(
-                    f"{node.name} uses {len(body.operands)} buffers; {abi.MAX_OPERANDS} fit", origin=node.origin
-                )
-            found[index, op] = body
+    found = _bodies(tg, {node for node, op in used if op == "attention_combine"})
     kinds: dict[tuple[str, str], int] = {}
     opcodes = {key: kinds.setdefault((found[key].call, found[key].text), len(kinds)) for key in used}
     slot_bytes = max(
@@ -67,6 +63,32 @@ def generate(schedule: Schedule, target: Target) -> Program:
         shared_bytes=target.shared_bytes_per_block,
         target=target.name,
     )
+
+
+def _bodies(tg: TaskGraph, split: set[int]) -> dict[tuple[int, str], Body]:
+    """By (node index, task kind). Written once per distinct structure; the nodes of other layers have the same text
+    and other operands. `split`: attentions with several splits."""
+    found: dict[tuple[int, str], Body] = {}
+    known: dict[Hashable, tuple[Structure, tuple[str, ...], dict[str, Body]]] = {}
+    for index, node in enumerate(tg.graph.nodes):
+        structure = structure_of(node, tg.buffers)
+        extra = partial_names(node) if isinstance(node, Attention) and index in split else ()
+        flags = tuple(tg.buffers[name].storage in tg.flagged for name in (*structure.buffers, *extra))
+        key = structure.key, index in split, flags
+        if key not in known:
+            if isinstance(node, RowMap) and shifts_in_place(node, tg.buffers):
+                raise Unsupported("an in-place shift of a tensor has no device form yet", origin=node.origin)
+            made = bodies(node, tg.buffers, split=index in split, flagged=tg.flagged)
+            for body in made.values():
+                if len(body.operands) > abi.MAX_OPERANDS:
+                    text = f"{node.name} uses {len(body.operands)} buffers; {abi.MAX_OPERANDS} fit"
+                    raise Unsupported(text, origin=node.origin)
+            known[key] = structure, extra, made
+        old, old_extra, made = known[key]
+        names = dict(zip((*old.buffers, *old_extra), (*structure.buffers, *extra), strict=True))
+        for op, body in made.items():
+            found[index, op] = replace(body, operands=tuple(names[name] for name in body.operands))
+    return found
 
 
 def _source(kinds: dict[tuple[str, str], int], slot_bytes: int, target: Target, bindings: int) -> str:

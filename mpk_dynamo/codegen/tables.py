@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import abi
 from ..errors import Unsupported
 from ..ir.graph import Attention, Linear
 from ..ir.schedule import Schedule
+from ..ir.tasks import TaskGraph
 from ..ir.types import Buffer, BufferKind
+from ..ops.attention import partial_names
 from ..ops.linear import segments
 from .bodies import Body
 from .geometry import linear_geometry
@@ -40,63 +44,86 @@ def build_tables(
 ) -> dict[str, bytes]:
     """The tables of abi.TABLES. opcodes, bodies: by (node index, task kind)."""
     tg = schedule.tasks
-    nodes, buffers = tg.graph.nodes, tg.buffers
     rows: dict[str, list[tuple]] = {name: [] for name, _ in abi.TABLES}
+    tasks, operands, wait_rows, signal_rows = rows["tasks"], rows["operands"], rows["waits"], rows["signals"]
     waits, signals = tg.waits(), tg.signals()
-    operand_start: dict[tuple[int, str], int] = {}
+    slots, counts = schedule.slots, [len(e.producers) for e in tg.events]
+    common: dict[tuple[int, str], tuple[int, int, int, _Arguments]] = {}
     for queue in schedule.queues:
-        first_task, first_run = len(rows["tasks"]), len(rows["runs"])
+        first_task, first_run = len(tasks), len(rows["runs"])
         for task_id in queue:
             task = tg.tasks[task_id]
-            node, key = nodes[task.node], (task.node, task.op)
-            body = bodies[key]
-            if key not in operand_start:
-                operand_start[key] = len(rows["operands"])
-                rows["operands"] += [(references.of(buffers[name]),) for name in body.operands]
-            arg = [0] * 8
-            if isinstance(node, Linear):
-                arg[6], arg[7] = len(rows["segments"]), len(task.tile) // 3
-                _add_linear(node, task.tile, buffers, references, rows)
-            elif isinstance(node, Attention):
-                arg[: len(task.tile)] = task.tile
-                if task.op == "attention_combine":
-                    arg[3] = buffers[f"{node.name}.partial"].shape[2]
-                if f"{node.name}.partial" in body.operands:
-                    arg[4] = body.operands.index(f"{node.name}.partial")
-                    arg[5] = body.operands.index(f"{node.name}.stats")
-            else:
-                arg[: len(task.tile)] = task.tile
-            if len(waits[task_id]) > abi.MAX_WAITS:
-                raise AssertionError(f"task {task_id} waits for {len(waits[task_id])} events")
-            rows["tasks"].append(
-                (opcodes[key], task_id, operand_start[key], len(body.operands), len(rows["waits"]), len(waits[task_id]),
-                 len(rows["signals"]), len(signals[task_id]), tuple(arg))
+            key = task.node, task.op
+            if key not in common:
+                body = bodies[key]
+                common[key] = opcodes[key], len(operands), len(body.operands), _arguments(tg, key, body, references)
+                operands += [(references.of(tg.buffers[name]),) for name in body.operands]
+            opcode, first_operand, operand_count, arguments = common[key]
+            waited, signalled = waits[task_id], signals[task_id]
+            if len(waited) > abi.MAX_WAITS:
+                raise AssertionError(f"task {task_id} waits for {len(waited)} events")
+            tasks.append(
+                (opcode, task_id, first_operand, operand_count, len(wait_rows), len(waited),
+                 len(signal_rows), len(signalled), arguments(task.tile, rows))
             )  # fmt: skip
-            rows["waits"] += [(schedule.slots[e], len(tg.events[e].producers)) for e in waits[task_id]]
-            rows["signals"] += [(schedule.slots[e],) for e in signals[task_id]]
-        rows["queues"].append((first_task, len(rows["tasks"]) - first_task, first_run, len(rows["runs"]) - first_run))
+            wait_rows += [(slots[e], counts[e]) for e in waited]
+            signal_rows += [(slots[e],) for e in signalled]
+        rows["queues"].append((first_task, len(tasks) - first_task, first_run, len(rows["runs"]) - first_run))
     return {name: np.array(rows[name], dtype=struct.dtype).tobytes() for name, struct in abi.TABLES}
 
 
-def _add_linear(
-    node: Linear,
-    tile: tuple[int, ...],
-    buffers: dict[str, Buffer],
-    references: References,
-    rows: dict[str, list[tuple]],
-) -> None:
+_Arguments = Callable[[tuple[int, ...], dict[str, list[tuple]]], tuple[int, ...]]
+"""A task's eight arguments, by its tile; a linear's segments and runs are added to the rows of their tables."""
+
+
+def _arguments(tg: TaskGraph, key: tuple[int, str], body: Body, references: References) -> _Arguments:
+    """What the tasks of one node and kind have in common, looked up once."""
+    node = tg.graph.nodes[key[0]]
+    if isinstance(node, Linear):
+        return _linear_arguments(node, tg.buffers, references)
+    fixed = {}
+    if isinstance(node, Attention):
+        partial, stats = partial_names(node)
+        if key[1] == "attention_combine":
+            fixed[3] = tg.buffers[partial].shape[2]
+        if partial in body.operands:
+            fixed |= {4: body.operands.index(partial), 5: body.operands.index(stats)}
+
+    def arguments(tile: tuple[int, ...], rows: dict[str, list[tuple]]) -> tuple[int, ...]:
+        arg = [*tile, *(0,) * (8 - len(tile))]
+        for place, value in fixed.items():
+            arg[place] = value
+        return tuple(arg)
+
+    return arguments
+
+
+def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: References) -> _Arguments:
     weight = buffers[node.parts[0].weights[0]]
     joint = max(len(p.weights) for p in node.parts)
     geometry = linear_geometry(node.k.size, node.t.size, weight.dtype, joint, node.origin)
     row_bytes = node.k.size * weight.dtype.itemsize
-    cut = segments(tile)
-    if len(cut) > abi.MAX_SEGMENTS:
-        raise Unsupported(f"{len(cut)} weights share one input; {abi.MAX_SEGMENTS} are supported", origin=node.origin)
-    for part, row, count in cut:
-        rows["segments"].append((part, row, count, 0))
-        weights = [buffers[w] for w in node.parts[part].weights]
-        for first in range(0, count, geometry.block_rows or count):
-            n = min(geometry.block_rows or count, count - first)
-            bases = [references.of(w, (row + first) * row_bytes) for w in weights]
-            second = bases[1] if len(bases) > 1 else abi.NO_REF
-            rows["runs"].append((bases[0], second, n, row_bytes, geometry.copy_bytes, int(geometry.tiled)))
+    parts = []
+    for p in node.parts:
+        for w in p.weights:
+            references.of(buffers[w], p.rows * row_bytes)  # refuses what is too large to address
+        parts.append([references.of(buffers[w]) for w in p.weights])
+
+    def arguments(tile: tuple[int, ...], rows: dict[str, list[tuple]]) -> tuple[int, ...]:
+        cut, first_segment = segments(tile), len(rows["segments"])
+        if len(cut) > abi.MAX_SEGMENTS:
+            text = f"{len(cut)} weights share one input; {abi.MAX_SEGMENTS} are supported"
+            raise Unsupported(text, origin=node.origin)
+        for part, row, count in cut:
+            rows["segments"].append((part, row, count, 0))
+            bases, step = parts[part], geometry.block_rows or count
+            for first in range(0, count, step):
+                offset = (row + first) * row_bytes
+                second = bases[1] + offset if len(bases) > 1 else abi.NO_REF
+                n = min(step, count - first)
+                rows["runs"].append(
+                    (bases[0] + offset, second, n, row_bytes, geometry.copy_bytes, int(geometry.tiled))
+                )
+        return (0, 0, 0, 0, 0, 0, first_segment, len(cut))
+
+    return arguments
