@@ -9,7 +9,7 @@ from scale import Sizes, qwen3_8b_like
 from small_programs import closure, conflicts, edges
 
 from mpk_dynamo.passes.schedule import schedule
-from mpk_dynamo.passes.tasks import derive_events, order_conflicts
+from mpk_dynamo.passes.tasks import choose_flagged, derive_events, order_conflicts
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,18 @@ def test_events_and_schedule_take_seconds(program):
     # never more alive than a few activations and one node's partial results
     scratch = sorted((b.nbytes for b in program.buffers.values() if b.kind.value == "scratch"), reverse=True)
     assert s.arena_bytes <= 1.5 * scratch[0]
+
+
+def test_flagged_buffers_leave_few_events(program):
+    start = time.process_time()
+    tg = derive_events(choose_flagged(program))
+    s = schedule(tg, 132)
+    assert time.process_time() - start < 15
+    assert len(tg.flagged) == 36 * 9 + 1
+    assert len(tg.events) == 36  # each layer's length counter
+    assert max(map(len, tg.waits())) == max(map(len, tg.signals())) == 1
+    scratch = sum(b.nbytes for b in program.buffers.values() if b.kind.value == "scratch")
+    assert scratch <= s.flagged_bytes <= 1.01 * scratch and s.arena_bytes == 2 * s.flagged_bytes
 
 
 def test_every_conflict_is_ordered_in_a_narrow_copy():

@@ -10,7 +10,7 @@ from verify import programs
 from mpk_dynamo.errors import VerificationError
 from mpk_dynamo.ir.region import Access
 from mpk_dynamo.ir.tasks import Event
-from mpk_dynamo.ir.types import BufferKind
+from mpk_dynamo.ir.types import BufferKind, DType
 from mpk_dynamo.targets import known
 from mpk_dynamo.verify import verify_schedule, verify_tasks
 
@@ -95,3 +95,65 @@ def test_s6_compares_with_the_target(tg):
     verify_schedule(programs.schedule(tg, target.sm_count), target)
     text = message(verify_schedule, programs.schedule(tg, target.sm_count + 1), target)
     assert f"{target.sm_count + 1} workers on {target.sm_count} multiprocessors" in text
+
+
+def test_t12_names_what_cannot_be_flagged(tg):
+    tg = programs.flagged(tg, ["h"])
+    assert verify_tasks(tg).counts["polled_boxes"] == 1 and not tg.events
+    assert "flagged y is a output, not scratch" in message(verify_tasks, replace(tg, flagged=frozenset("y")))
+    assert "'?' is the storage of 0 buffers" in message(verify_tasks, replace(tg, flagged=frozenset("?")))
+    narrow = {**tg.buffers, "h": replace(tg.buffers["h"], dtype=DType.I32)}
+    integer = replace(tg, buffers=narrow, graph=replace(tg.graph, buffers=narrow))
+    assert "T12: flagged h is i32, which has no value to spare" in message(verify_tasks, integer)
+    text = message(verify_tasks, changed(tg, 1, writes=(Access("h", ((1, 4),)),)))
+    assert "elements of flagged h are written more than once: by layer0#n0[0] (t0), layer0#n0[1] (t1)" in text
+    text = message(verify_tasks, changed(tg, 1, writes=(Access("h", ((3, 4),)),)))
+    assert "T12: 3 of 4 elements of flagged h are written" in text
+
+
+def test_t4_says_that_a_flag_went_missing(tg):
+    text = message(verify_tasks, replace(programs.flagged(tg, ["h"]), flagged=frozenset()))
+    assert "T4: layer0#n0[0] (t0) is not ordered before layer1#n1[0] (t2); read after write of h" in text
+
+
+def test_polls_of_later_tasks_and_of_own_writes_are_refused(tg):
+    tg = programs.flagged(tg, ["h"])
+    reads = (*tg.tasks[0].reads, Access("h", ((3, 4),)))
+    assert "T3: layer0#n0[0] (t0) polls h[3:4], which layer0#n0[1] (t1) writes later" in message(
+        verify_tasks, changed(tg, 0, reads=reads)
+    )
+    own = message(verify_tasks, changed(tg, 1, reads=reads))
+    assert "T3: layer0#n0[1] (t1) polls h[3:4], which it writes itself" in own
+
+
+def test_s2_names_polls_in_a_deadlock(tg):
+    s = programs.schedule(programs.flagged(tg, ["h"]), 1)
+    text = message(verify_schedule, replace(s, queues=((0, 2, 1, 3),)))
+    assert "S2: deadlock: worker 0 at layer1#n1[0] waits for h[0:4], which lacks layer0#n0[1] at place 2 of" in text
+
+
+def test_s8_says_what_lies_in_flagged_memory(tg):
+    b = programs.Builder()
+    b.add("x", (4,), BufferKind.INPUT)
+    for name in "hgp":
+        b.add(name, (4,), BufferKind.SCRATCH)
+    b.add("y", (4,), BufferKind.OUTPUT)
+    b.node("h", (2,), same=["x"])
+    b.node("g", (2,), every=["h"])
+    b.node("p", (1,), every=["h"])
+    b.node("y", (2,), every=["g", "p"])
+    s = programs.schedule(programs.flagged(b.task_graph(), "gh"), 2)
+    verify_schedule(s)
+    assert s.flagged_start == 256 and s.flagged_bytes == 256 and s.arena == {"p": 0, "h": 256, "g": 384}
+    for arena, text in (
+        ({**s.arena, "g": 256}, "S8: flagged g and h share bytes 256:272"),
+        (
+            {**s.arena, "g": 400},
+            "S8: flagged g of 16 bytes at 400: not a multiple of 128 inside the first set, 256:5",
+        ),
+        ({**s.arena, "g": 512}, "S8: flagged g of 16 bytes at 512"),
+        ({**s.arena, "p": 512}, "S8: p at 512:528 is no flagged storage and lies in flagged memory, 256:768"),
+    ):
+        assert text in message(verify_schedule, replace(s, arena=arena))
+    assert "S8: flagged memory at 128, two sets" in message(verify_schedule, replace(s, flagged_start=128))
+    assert "inside an arena of 512 bytes" in message(verify_schedule, replace(s, arena_bytes=512))

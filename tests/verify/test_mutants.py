@@ -92,7 +92,7 @@ def test_verifier_and_oracle_agree_on_random_schedules(seed, workers, flagged, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flagged", [False, True])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_all_mutants_of_random_programs(seed, flagged):
     tg = programs.random_tasks(seed)
     tg = programs.some_flagged(tg, seed) if flagged else tg

@@ -18,6 +18,7 @@ from mpk_dynamo.ir.program import Program  # noqa: E402
 from mpk_dynamo.ops import OPERATORS  # noqa: E402
 from mpk_dynamo.passes.schedule import schedule  # noqa: E402
 from mpk_dynamo.passes.tasks import derive_events, tile  # noqa: E402
+from mpk_dynamo.passes.tasks.choose_flagged import flaggable  # noqa: E402
 from mpk_dynamo.verify import verify_program  # noqa: E402
 
 TARGET = targets.known("h100")
@@ -35,6 +36,15 @@ def programs() -> Iterator[Program]:
 PROGRAMS = list(programs())
 LINEAR = next(p for p in PROGRAMS if len(p.tables["runs"]) and len(p.tables["queues"]) > 1)
 SPLIT = next(p for p in PROGRAMS if p.tables["waits"])
+
+
+def flagged(p: Program) -> Program:
+    tg = p.schedule.tasks
+    tg = derive_events(replace(tg, flagged=flaggable(tg)))
+    return generate(schedule(tg, p.schedule.workers), TARGET)
+
+
+FLAGGED = flagged(SPLIT)
 
 
 def tables(p: Program) -> dict[str, np.ndarray]:
@@ -97,7 +107,7 @@ def corruptions(p: Program) -> Iterator[tuple[str, Program]]:
             yield f"{name} cut short", with_table(p, name, table[:-1])
 
 
-@pytest.mark.parametrize("p", [LINEAR, SPLIT, PROGRAMS[0]], ids=["linear", "attention", "row_map"])
+@pytest.mark.parametrize("p", [LINEAR, SPLIT, PROGRAMS[0], FLAGGED], ids=["linear", "attention", "row_map", "flagged"])
 def test_every_corruption_that_changes_the_meaning_is_refused(p):
     want, rules = meaning(p), Counter()
     tile_lengths = {t.id: len(t.tile) for t in p.schedule.tasks.tasks}
@@ -152,6 +162,21 @@ def test_p3_refuses_references_outside_memory(ref):
     with pytest.raises(VerificationError, match="operand 0 .* refers to") as error:
         verify_program(with_table(SPLIT, "operands", table), TARGET)
     assert error.value.rule == "P3"
+
+
+@pytest.mark.parametrize("p", [SPLIT, FLAGGED], ids=["plain", "flagged"])
+def test_p3_refuses_a_reference_that_denies_or_invents_a_flag(p):
+    """A flagged buffer read as plain memory is read too early; a plain one polled and moved by a set is not there."""
+    refs = tables(p)["operands"]["ref"]
+    arena = np.flatnonzero((refs & np.uint64(abi.ARENA_REF) != 0) & (refs != np.uint64(abi.NO_REF)))
+    assert len(arena) == 4  # partial sums and statistics, of attention and of its combination
+    assert ((refs[arena] & np.uint64(abi.FLAGGED_REF) != 0) == bool(p.schedule.tasks.flagged)).all()
+    for k in arena.tolist():
+        table = tables(p)["operands"]
+        table["ref"][k] ^= np.uint64(abi.FLAGGED_REF)
+        with pytest.raises(VerificationError, match="byte .* of an arena of .*, where no such buffer starts") as error:
+            verify_program(with_table(p, "operands", table), TARGET)
+        assert error.value.rule == "P3"
 
 
 @pytest.mark.parametrize("copy", [0, 8, 24])

@@ -10,7 +10,7 @@ from scale import Sizes, qwen3_8b_like
 
 from mpk_dynamo.errors import VerificationError
 from mpk_dynamo.passes.schedule import schedule
-from mpk_dynamo.passes.tasks import derive_events
+from mpk_dynamo.passes.tasks import choose_flagged, derive_events
 from mpk_dynamo.verify import verify_graph, verify_schedule, verify_tasks
 
 SMALL = Sizes(layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, ff=96, vocab=200, capacity=32, splits=2)
@@ -59,10 +59,15 @@ def test_every_lost_edge_of_a_small_decoder_is_refused():
 
 
 @pytest.mark.slow
-def test_whole_model_is_verified_in_seconds_and_one_lost_edge_is_found():
-    tg = derive_events(qwen3_8b_like())
+@pytest.mark.parametrize("flagged", [False, True])
+def test_whole_model_is_verified_in_seconds_and_one_lost_edge_is_found(flagged):
+    program = qwen3_8b_like()
+    tg = derive_events(choose_flagged(program) if flagged else program)
     print(verify_graph(tg.graph), verify_tasks(tg), verify_schedule(schedule(tg, 132)), sep="\n")
     for e, field, gone, mutant in lost_edges(tg, 5, seed=2):
         with pytest.raises(VerificationError) as error:
             verify_tasks(mutant)
         assert error.value.rule in ("T2", "T4"), f"event {e} lost {gone} of {field}"
+    for name in random.Random(3).sample(sorted(tg.flagged), min(3, len(tg.flagged))):
+        with pytest.raises(VerificationError, match="T4"):
+            verify_tasks(replace(tg, flagged=tg.flagged - {name}))
