@@ -87,7 +87,7 @@ class Executable:
         *,
         timeout_ns: int = 4_000_000_000,
         flight: int = 4,
-        flight_waiting: int = 1,
+        flight_waiting: int = 2,
         profile: int = 0,
         device: "Device | None" = None,
     ) -> None:
