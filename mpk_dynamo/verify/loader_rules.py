@@ -16,6 +16,12 @@ from .accesses import names
 from .program_rules import bound_buffers, span
 from .tables import ARENA_OFFSET, BINDING_SHIFT, slices, split
 
+Run = tuple[int, ...]
+RUN_FIELDS = ("base0", "base1", "rows", "row_bytes")
+
+Segment = tuple[int, ...]
+SEGMENT_FIELDS = ("part", "row", "rows")
+
 SEGMENTS, SEGMENT_COUNT = 6, 7
 """Places in Task.arg of a linear task: its first segment, and how many."""
 
@@ -26,39 +32,44 @@ def check_loader(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray
     start, length = slices(tables["queues"], "run", "run_count", tables["runs"], "runs of worker")
     check_copies(p, tables)
     bound = {name: i for i, name in enumerate(p.bindings)}
+    # plain numbers: taking entries of numpy arrays one by one costs more than all the rest
+    runs: list[Run] = list(zip(*(tables["runs"][f].tolist() for f in RUN_FIELDS), strict=True))
+    segments = list(zip(*(tables["segments"][f].tolist() for f in SEGMENT_FIELDS), strict=True))
+    args = tables["tasks"]["arg"][place][:, [SEGMENTS, SEGMENT_COUNT]].tolist()
+    weights = {
+        i: {w for part in node.parts for w in part.weights}
+        for i, node in enumerate(s.tasks.graph.nodes)
+        if isinstance(node, Linear)
+    }
     for w, queue in enumerate(s.queues):
         run, end = int(start[w]), int(start[w] + length[w])
         for t in (s.tasks.tasks[i] for i in queue):
             node = s.tasks.graph.nodes[t.node]
             if not isinstance(node, Linear):
                 continue
-            segments = _segments(p, t, node, tables, place)
-            for part, row, rows in segments:
-                run = _follow(p, bound, t, node, (part, row, rows), tables["runs"], run, end)
+            for segment in _segments(p, t, node, weights[t.node], segments, *args[t.id]):
+                run = _follow(p, bound, t, node, segment, runs, run, end)
         if run != end:
             raise VerificationError("P1", f"worker {w} has {end - run} runs beyond those its tasks read")
 
 
 def _segments(
-    p: Program, t: Task, node: Linear, tables: Mapping[str, np.ndarray], place: np.ndarray
-) -> list[tuple[int, int, int]]:
+    p: Program, t: Task, node: Linear, weights: set[str], segments: list[Segment], first: int, count: int
+) -> list[Segment]:
     """The task's (part, row, rows), found equal to the weight rows it declares to read."""
     tg = p.schedule.tasks
-    arg = tables["tasks"]["arg"][place[t.id]]
-    first, count = int(arg[SEGMENTS]), int(arg[SEGMENT_COUNT])
-    if not (0 <= first and 0 <= count <= abi.MAX_SEGMENTS and first + count <= len(tables["segments"])):
+    if not (0 <= first and 0 <= count <= abi.MAX_SEGMENTS and first + count <= len(segments)):
         raise VerificationError("P1", f"{names(tg, [t.id])} has segments {first}:{first + count}")
-    found = [(int(x["part"]), int(x["row"]), int(x["rows"])) for x in tables["segments"][first : first + count]]
+    found = segments[first : first + count]
     for part, row, rows in found:
         if part >= len(node.parts) or row + rows > node.parts[part].rows:
             text = f"a segment of {names(tg, [t.id])} has rows {row}:{row + rows} of part {part}"
             raise VerificationError("P3", text, origin=node.origin)
-    weights = {w for part in node.parts for w in part.weights}
     # weights are read by whole rows
     declared = sorted((a.buffer, *a.box[0]) for a in t.reads if a.buffer in weights)
-    segments = sorted((w, row, row + rows) for part, row, rows in found for w in node.parts[part].weights)
-    if _joined(declared) != _joined(segments):
-        text = f"{names(tg, [t.id])} streams rows {segments}; it declares {declared}"
+    streamed = sorted((w, row, row + rows) for part, row, rows in found for w in node.parts[part].weights)
+    if declared != streamed and _joined(declared) != _joined(streamed):
+        text = f"{names(tg, [t.id])} streams rows {streamed}; it declares {declared}"
         raise VerificationError("P1", text, origin=node.origin)
     return found
 
@@ -78,8 +89,8 @@ def _follow(
     bound: Mapping[str, int],
     t: Task,
     node: Linear,
-    segment: tuple[int, int, int],
-    runs: np.ndarray,
+    segment: Segment,
+    runs: list[Run],
     run: int,
     end: int,
 ) -> int:
@@ -91,17 +102,17 @@ def _follow(
     while row < stop:
         if run >= end:
             raise VerificationError("P1", f"no run brings row {row} of {weights[0].name} to {names(tg, [t.id])}")
-        r = runs[run]
+        base0, base1, count, row_bytes = runs[run]
         bases = [_reference(bound, w, row) for w in weights] + [abi.NO_REF] * (2 - len(weights))
-        have = [int(r["base0"]), int(r["base1"])]
-        if bases != have or int(r["rows"]) == 0 or row + int(r["rows"]) > stop:
-            text = f"run {run} of {int(r['rows'])} rows from {_show(p, have)} feeds {names(tg, [t.id])}, "
+        have = [base0, base1]
+        if bases != have or count == 0 or row + count > stop:
+            text = f"run {run} of {count} rows from {_show(p, have)} feeds {names(tg, [t.id])}, "
             text += f"which needs rows {row}:{stop} of {', '.join(w.name for w in weights)} from {_show(p, bases)}"
             raise VerificationError("P1", text, origin=node.origin)
-        if int(r["row_bytes"]) != weights[0].strides[0] * weights[0].dtype.itemsize:
-            text = f"run {run} steps by {int(r['row_bytes'])} bytes; {weights[0].name} has strides {weights[0].strides}"
+        if row_bytes != weights[0].strides[0] * weights[0].dtype.itemsize:
+            text = f"run {run} steps by {row_bytes} bytes; {weights[0].name} has strides {weights[0].strides}"
             raise VerificationError("P3", text, origin=node.origin)
-        row += int(r["rows"])
+        row += count
         run += 1
     return run
 
@@ -138,10 +149,14 @@ def check_copies(p: Program, tables: Mapping[str, np.ndarray]) -> None:
     if uneven.any():
         k = int(np.argmax(uneven))
         raise VerificationError("P3", f"run {k} copies {copy[k]} bytes at a time of rows of {row[k]}")
+    # memory that may be copied, in bytes: of what a task writes not even an empty piece
+    room = np.array([-1 if b.storage in written else span(b) for b in bound] + [0], dtype=np.int64)
     for field in ("base0", "base1"):
         arena, binding, offset = split(runs[field])
-        for k in np.flatnonzero(runs[field] != np.uint64(abi.NO_REF)).tolist():
-            b = bound[binding[k]] if not arena[k] and binding[k] < len(bound) else None
+        known = ~arena & (binding < len(bound))
+        wrong = ~known | (offset + size > room[np.where(known, binding, -1)])
+        for k in np.flatnonzero(wrong & (runs[field] != np.uint64(abi.NO_REF))).tolist():
+            b = bound[binding[k]] if known[k] else None
             if b is None or b.storage in written:
                 text = f"run {k} copies from {'the arena' if arena[k] else f'binding {binding[k]}'}"
                 text += ", which a task writes" if b is not None else ", which is no memory of the caller"

@@ -50,9 +50,9 @@ def check_queues(s: Schedule, tables: Mapping[str, np.ndarray]) -> np.ndarray:
                 "P1", f"queue of worker {w}, place {k}: {found} in the table, {expected} in the schedule"
             )
         place[want] = start[w] + np.arange(length[w])
-    for t in s.tasks.tasks:
-        if t.op != "linear" and tuple(tasks["arg"][place[t.id]][: len(t.tile)].tolist()) != t.tile:
-            text = f"{names(s.tasks, [t.id])} has arguments {tasks['arg'][place[t.id]].tolist()}, tile {t.tile}"
+    for t, arg in zip(s.tasks.tasks, tasks["arg"][place].tolist(), strict=True):
+        if t.op != "linear" and tuple(arg[: len(t.tile)]) != t.tile:
+            text = f"{names(s.tasks, [t.id])} has arguments {arg}, tile {t.tile}"
             raise VerificationError("P1", text)
     return place
 
