@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .. import abi
 from ..errors import Unsupported
-from ..ir.graph import Attention, Linear, RowMap
+from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
 from ..ir.program import Program
 from ..ir.schedule import Schedule
 from ..ir.tasks import TaskGraph
@@ -51,7 +51,7 @@ def generate(schedule: Schedule, target: Target) -> Program:
         default=1024,
     )
     references = References(schedule)
-    source = _source(kinds, slot_bytes, target, len(references.bindings))
+    source = _source(kinds, [found[key] for key in used], slot_bytes, target, len(references.bindings))
     op_of = {opcodes[key]: key[1] for key in used}
     return Program(
         schedule=schedule,
@@ -72,7 +72,7 @@ def _bodies(tg: TaskGraph, split: set[int]) -> dict[tuple[int, str], Body]:
     known: dict[Hashable, tuple[Structure, tuple[str, ...], dict[str, Body]]] = {}
     for index, node in enumerate(tg.graph.nodes):
         structure = structure_of(node, tg.buffers)
-        extra = partial_names(node) if isinstance(node, Attention) and index in split else ()
+        extra = _partial_buffers(node, tg, index in split)
         flags = tuple(tg.buffers[name].storage in tg.flagged for name in (*structure.buffers, *extra))
         key = structure.key, index in split, flags
         if key not in known:
@@ -91,7 +91,19 @@ def _bodies(tg: TaskGraph, split: set[int]) -> dict[tuple[int, str], Body]:
     return found
 
 
-def _source(kinds: dict[tuple[str, str], int], slot_bytes: int, target: Target, bindings: int) -> str:
+def _partial_buffers(node: Node, tg: TaskGraph, split: bool) -> tuple[str, ...]:
+    """Buffers that tiling added for the node, in an order that does not depend on its name."""
+    if isinstance(node, ExtensionNode):
+        prefix = f"{node.name}."
+        return tuple(n for n in tg.buffers if n.startswith(prefix) and n not in tg.graph.buffers)
+    return partial_names(node) if isinstance(node, Attention) and split else ()
+
+
+def _source(
+    kinds: dict[tuple[str, str], int], used: list[Body], slot_bytes: int, target: Target, bindings: int
+) -> str:
+    # the text of an operator from outside this package stands in the unit itself: it is part of the cubin's key
+    sources = [s.replace("#pragma once\n", "") for s in dict.fromkeys(body.source for body in used) if s]
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
     # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 2 % of a step is saved;
     # larger ones spill unless each is a function.
@@ -103,7 +115,7 @@ def _source(kinds: dict[tuple[str, str], int], slot_bytes: int, target: Target, 
         for (call, _), i in kinds.items()
     ]
     cases = [f"      case {i}: return run{i}(turn, position);" for i in kinds.values()]
-    scratch = ["256"] + [
+    scratch = [str(max([256, *(body.scratch for body in used)]))] + [
         f"LinearShape<Kind{i}>::SCRATCH" if call == "linear" else
         f"MmaShape<Kind{i}>::SCRATCH" if call == "linear_mma" else f"AttentionShape<Kind{i}>::SCRATCH"
         for (call, _), i in kinds.items()
@@ -115,7 +127,7 @@ def _source(kinds: dict[tuple[str, str], int], slot_bytes: int, target: Target, 
 #include "mpk/tasks/linear.cuh"
 #include "mpk/tasks/linear_mma.cuh"
 #include "mpk/tasks/row_map.cuh"
-
+{"".join(f"{chr(10)}{text}" for text in sources)}
 namespace mpk {{
 
 {chr(10).join(structs)}

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..errors import Unsupported
 from ..ir.expr import Expr, Var, acc, bounds, cast, linear_terms, loads, reductions, substitute
-from ..ir.graph import Attention, Linear, Node, RowMap
+from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
 from ..ir.types import Buffer, BufferKind, DType
+from ..ops import operator_of
 from ..ops.row_map import row_dims
 from .expressions import (
     MEMORY_TYPE,
@@ -27,12 +28,15 @@ TEMPLATE = "template <class Ctx>"
 
 @dataclass(frozen=True)
 class Body:
-    """text: members of the traits struct. call: device function that takes it. operands: buffer names by slot."""
+    """text: members of the traits struct. call: device function that takes it. operands: buffer names by slot.
+    source: definition of `call` where it is no file of kernels_cuda; scratch: its bytes of shared memory."""
 
     op: str
     call: str
     text: str
     operands: tuple[str, ...]
+    source: str = ""
+    scratch: int = 0
 
 
 def bodies(
@@ -40,6 +44,8 @@ def bodies(
 ) -> dict[str, Body]:
     """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines. `flagged`: storages
     whose elements are their own flags."""
+    if isinstance(node, ExtensionNode):
+        return _extension(node, buffers)
     if isinstance(node, RowMap):
         return {"row_map": _row_map(node, buffers, flagged)}
     if isinstance(node, Linear):
@@ -48,6 +54,18 @@ def bodies(
     if split:
         found["attention_combine"] = _combine(node, buffers, flagged)
     return found
+
+
+def _extension(node: ExtensionNode, buffers: Mapping[str, Buffer]) -> dict[str, Body]:
+    """As its operator says. The verifier has shown that none of its buffers is flagged."""
+    operator = operator_of(node)
+    forms = getattr(operator, "device_forms", None)
+    if forms is None:
+        raise Unsupported(f"operator {operator.name!r} has no device form", origin=node.origin)
+    return {
+        kind: Body(kind, f.call, f"  {f.traits}\n", f.operands, f.source, f.scratch)
+        for kind, f in forms(node, buffers).items()
+    }
 
 
 def _row_map(node: RowMap, buffers: Mapping[str, Buffer], flagged: frozenset[str]) -> Body:

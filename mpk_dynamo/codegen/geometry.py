@@ -42,8 +42,7 @@ def linear_geometry(k: int, tokens: int, dtype: DType, joint: int, origin: str =
         )
     if tokens > 1 and dtype.is_narrow_float and joint in (1, 2, 4):
         columns = min(k, MMA_CHUNK)
-        tiles = (16 if tokens <= 8 else 8) // joint
-        return Geometry(True, columns * 2, TILE_ROWS * (columns * 2 + TILE_PAD), tiles * TILE_ROWS)
+        return Geometry(True, columns * 2, TILE_ROWS * (columns * 2 + TILE_PAD), 8 // joint * TILE_ROWS)
     vectors = row_bytes // 16
     if row_bytes <= SLOT_BYTES:
         warps = 8 if vectors > 128 else 4 if vectors > 64 else 2 if vectors > 32 else 1

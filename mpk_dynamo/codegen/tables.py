@@ -72,6 +72,9 @@ def build_tables(
     return {name: np.array(rows[name], dtype=struct.dtype).tobytes() for name, struct in abi.TABLES}
 
 
+MAX_TILE = 6
+"""Arguments of a task that are its tile: the last two are a linear's segments."""
+
 _Arguments = Callable[[tuple[int, ...], dict[str, list[tuple]]], tuple[int, ...]]
 """A task's eight arguments, by its tile; a linear's segments and runs are added to the rows of their tables."""
 
@@ -90,6 +93,9 @@ def _arguments(tg: TaskGraph, key: tuple[int, str], body: Body, references: Refe
             fixed |= {4: body.operands.index(partial), 5: body.operands.index(stats)}
 
     def arguments(tile: tuple[int, ...], rows: dict[str, list[tuple]]) -> tuple[int, ...]:
+        if len(tile) > MAX_TILE:
+            text = f"{node.name}: a tile of {len(tile)} numbers; a task carries {MAX_TILE}"
+            raise Unsupported(text, origin=node.origin)
         arg = [*tile, *(0,) * (8 - len(tile))]
         for place, value in fixed.items():
             arg[place] = value

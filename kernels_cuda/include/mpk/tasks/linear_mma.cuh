@@ -18,7 +18,9 @@ struct MmaShape {
   static constexpr int CHUNKS = (N::K + CHUNK - 1) / CHUNK;
   static constexpr int GROUPS = (CHUNK / 32 + (CHUNK % 32 != 0) + static_cast<int>(kConsumerWarps) - 1) / static_cast<int>(kConsumerWarps);
   static constexpr int TOKENS = N::T > 8 ? 16 : 8;
-  static constexpr int TILES = (TOKENS == 8 ? 16 : 8) / N::JOINT;  // tiles of a block: as many as registers allow
+  static constexpr int TILES = 8 / N::JOINT;  // tiles of a block: as many as registers allow
+  // Every chunk is whole and every warp has all its groups: no bounds to check.
+  static constexpr bool WHOLE = N::K % CHUNK == 0 && CHUNK % (32 * static_cast<int>(kConsumerWarps)) == 0;
   static constexpr int BLOCK_ROWS = TILES * static_cast<int>(kTileRows);
   static constexpr int ENTRY = TOKENS * static_cast<int>(kTileRows);  // partial sums of a tile
   static constexpr int ROUND = (TOKENS == 8 ? 8 : 4) / N::JOINT;     // tiles reduced together: 16 KiB
@@ -56,7 +58,7 @@ MPK_DEVICE void linear_mma(Ctx& c) {
           for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
 #pragma unroll 1
       for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
-        const int columns = min(S::CHUNK, N::K - chunk * S::CHUNK);
+        const int columns = S::WHOLE ? S::CHUNK : min(S::CHUNK, N::K - chunk * S::CHUNK);
         u32 a[S::GROUPS][S::TOKENS / 8][4];
         const auto column = [&](int i) { return (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8; };
 #pragma unroll
@@ -66,7 +68,7 @@ MPK_DEVICE void linear_mma(Ctx& c) {
           const auto each = [&](auto&& visit) {
 #pragma unroll
             for (int i = 0; i < S::GROUPS; ++i)
-              if (column(i) < columns && t < N::T) visit(i, chunk * S::CHUNK + column(i));
+              if ((S::WHOLE || column(i) < columns) && t < N::T) visit(i, chunk * S::CHUNK + column(i));
           };
           each([&](int i, int k) {
             N::template load<true>(c, t, k, held[i]);
@@ -95,17 +97,24 @@ MPK_DEVICE void linear_mma(Ctx& c) {
 #pragma unroll
           for (int j = 0; j < N::JOINT; ++j) {
             if (j >= joint) continue;
-            const char* bytes = c.ring.wait() + g * (N::COPY_BYTES + static_cast<int>(kTilePad)) + q * 16;
+            const char* bytes = c.ring.wait() + g * (N::COPY_BYTES + static_cast<int>(kTilePad)) + q * 16 + warp * 64;
+            ptx::Vec4 w[S::GROUPS];  // all loads of the slot before the first product
 #pragma unroll
             for (int i = 0; i < S::GROUPS; ++i) {
-              const int first = (warp + i * static_cast<int>(kConsumerWarps)) * 32;
-              if (first >= columns) continue;
-              ptx::Vec4 w{0, 0, 0, 0};  // stale bytes of a slot must not meet x = 0: they may be infinite
-              if (N::K % 32 == 0 || first + q * 8 < columns) w = ptx::load_shared(bytes + first * 2);
-              constexpr int HI = S::TOKENS / 8 - 1;
-              ptx::mma16816<HALF>(acc[tile][j], a[i][0][0], HI ? a[i][HI][0] : 0, a[i][0][1], HI ? a[i][HI][1] : 0, w.x, w.y);
-              ptx::mma16816<HALF>(acc[tile][j], a[i][0][2], HI ? a[i][HI][2] : 0, a[i][0][3], HI ? a[i][HI][3] : 0, w.z, w.w);
+              const int k = (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8;
+              w[i] = {0, 0, 0, 0};  // stale bytes of a slot must not meet x = 0: they may be infinite
+              if (S::WHOLE || k < columns) w[i] = ptx::load_shared(bytes + i * static_cast<int>(kConsumerWarps) * 64);
             }
+            constexpr int HI = S::TOKENS / 8 - 1;
+            float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two chains of products: each waits for its own last one only
+#pragma unroll
+            for (int i = 0; i < S::GROUPS; ++i) {
+              const auto a1 = [&](int e) { return HI ? a[i][HI][e] : 0u; };
+              ptx::mma16816<HALF>(acc[tile][j], a[i][0][0], a1(0), a[i][0][1], a1(1), w[i].x, w[i].y);
+              ptx::mma16816<HALF>(odd, a[i][0][2], a1(2), a[i][0][3], a1(3), w[i].z, w[i].w);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[tile][j][e] += odd[e];
             c.ring.release();
           }
         }
