@@ -109,7 +109,32 @@ class Attention:
     origin: str = ""
 
 
-Node = RowMap | Linear | Attention
+class ExtensionNode:
+    """Base class of node types from outside this package (see ops.register). The package knows of such a node only
+    what it answers here, and takes what it does with its memory from the accesses its tasks declare.
+
+    A subclass is a frozen dataclass with at least `name` and `origin`. Other fields hold Exprs, numbers, names of
+    buffers, and tuples and dataclasses of these: every string but `name` and `origin` is the name of a buffer. It
+    writes all elements of what it writes, and reads no storage that it writes.
+    """
+
+    name: str
+    origin: str
+
+    def expressions(self) -> tuple[Expr, ...]:
+        """Every expression it holds, in a fixed order."""
+        return ()
+
+    def reads(self) -> tuple[str, ...]:
+        """Buffers it reads besides those its expressions load from."""
+        return ()
+
+    def writes(self) -> tuple[str, ...]:
+        """Buffers it writes."""
+        raise NotImplementedError(f"{type(self).__name__}.writes")
+
+
+Node = RowMap | Linear | Attention | ExtensionNode
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,8 @@ class Graph:
 
 def expressions(node: Node) -> tuple[Expr, ...]:
     """Every expression a node holds, in a fixed order."""
+    if isinstance(node, ExtensionNode):
+        return node.expressions()
     if isinstance(node, RowMap):
         return (node.body, *node.store)
     if isinstance(node, Linear):
@@ -161,6 +188,8 @@ def reads(node: Node) -> list[str]:
         names += [w for p in node.parts for w in p.weights]
     if isinstance(node, Attention):
         names += [node.keys, node.values]
+    if isinstance(node, ExtensionNode):
+        names += node.reads()
     return list(dict.fromkeys(names))
 
 
@@ -169,11 +198,15 @@ def buffers_read(node: Node) -> frozenset[str]:
     names = frozenset().union(*(e.buffers for e in expressions(node)))
     if isinstance(node, Linear):
         return names.union(*(p.weights for p in node.parts))
+    if isinstance(node, ExtensionNode):
+        return names.union(node.reads())
     return names | {node.keys, node.values} if isinstance(node, Attention) else names
 
 
 def writes(node: Node) -> list[str]:
     """Names of buffers a node writes."""
+    if isinstance(node, ExtensionNode):
+        return list(node.writes())
     if isinstance(node, RowMap):
         return [node.out]
     if isinstance(node, Linear):

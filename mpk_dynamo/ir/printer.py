@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .expr import render
-from .graph import Attention, Graph, Linear, Node, RowMap
+from .graph import Attention, ExtensionNode, Graph, Linear, Node, RowMap, reads, writes
 from .program import Program
 from .region import Access
 from .schedule import Schedule
@@ -30,6 +30,10 @@ def print_node(node: Node) -> str:
             out = f"{p.out}[{store}] = {render(p.epilogue)}"
             lines.append(f"  [{' & '.join(p.weights)}] n<{p.rows}: {out}  # {p.origin}")
         return "\n".join(lines)
+    if isinstance(node, ExtensionNode):
+        kind = type(node).__name__.lower()
+        lines = [f"{node.name} = {kind}({', '.join(reads(node))}) -> {', '.join(writes(node))}{where}"]
+        return "\n".join([*lines, *(f"  {render(e)}" for e in node.expressions())])
     assert isinstance(node, Attention)
     sizes = ", ".join(f"{v.name}<{v.size}" for v in (node.b, node.h, node.g, node.s, node.d))
     cap = "" if node.softcap is None else f" softcap={node.softcap!r}"

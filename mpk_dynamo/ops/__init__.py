@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ir.graph import Attention, Linear, Node, RowMap
+from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
 from .attention import AttentionOperator
 from .linear import LinearOperator
 from .row_map import RowMapOperator
@@ -13,6 +13,16 @@ OPERATORS: dict[type, Operator] = {
     Linear: LinearOperator(),
     Attention: AttentionOperator(),
 }
+
+
+def register(node_type: type[ExtensionNode], operator: Operator) -> None:
+    """Add an operator for a node type of your own. Raises TypeError when the type is no ExtensionNode, ValueError
+    when it has an operator already."""
+    if not (isinstance(node_type, type) and issubclass(node_type, ExtensionNode)):
+        raise TypeError(f"{node_type!r} is no subclass of ir.graph.ExtensionNode")
+    if node_type in OPERATORS:
+        raise ValueError(f"{node_type.__name__} already has the operator {OPERATORS[node_type].name!r}")
+    OPERATORS[node_type] = operator
 
 
 def operator_of(node: Node) -> Operator:

@@ -98,7 +98,7 @@ def _index_limits(node: Node, graph: Graph) -> dict[str, int]:
         limits[name] = min(size, limits.get(name, size))
 
     places: list[tuple[str, tuple[Expr, ...]]] = [(ld.buffer, ld.index) for e in expressions(node) for ld in loads(e)]
-    for name, store in ((p.out, p.store) for p in (node, *getattr(node, "parts", ())) if hasattr(p, "out")):
+    for name, store in ((p.out, p.store) for p in (node, *getattr(node, "parts", ())) if hasattr(p, "store")):
         places.append((name, store))
     for name, idx in places:
         for e, size in zip(idx, graph.buffers[name].shape, strict=True):

@@ -38,6 +38,23 @@ class Tiling:
     buffers: tuple[Buffer, ...] = ()
 
 
+@dataclass(frozen=True)
+class DeviceForm:
+    """The body of a task kind on the device, for nodes that codegen knows nothing of.
+
+    source: text of a .cuh that defines, in namespace mpk, `template <class N, class Ctx> MPK_DEVICE void call(Ctx& c)`
+    under the name `call`. traits: C++ members of the struct N, constants as a rule; nodes with equal traits share one
+    body. operands: buffers by the number the body asks for, `c.pointer<T>(number)`; `c.arg(i)` is tile[i].
+    scratch: bytes of shared memory the body uses at `c.scratch()`.
+    """
+
+    call: str
+    source: str
+    traits: str
+    operands: tuple[str, ...]
+    scratch: int = 0
+
+
 class Operator(Protocol):
     """One operator. Registered in ops/__init__.py by the type of its node."""
 
@@ -71,4 +88,12 @@ class Operator(Protocol):
 
     def samples(self) -> list[tuple[Node, Graph]]:
         """Small nodes in one-node graphs that cover the operator's traits, for the conformance test."""
+        ...
+
+
+class ExtensionOperator(Operator, Protocol):
+    """An operator of an ExtensionNode. Without `device_forms` it runs on the reference executor alone."""
+
+    def device_forms(self, node: Node, buffers: Mapping[str, Buffer]) -> dict[str, DeviceForm]:
+        """Task kind -> its body. Tiles have at most 6 numbers. Raises Unsupported for a node it has no body for."""
         ...

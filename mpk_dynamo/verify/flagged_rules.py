@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import VerificationError
+from ..ir.graph import ExtensionNode
 from ..ir.schedule import Schedule
 from ..ir.tasks import TaskGraph
 from ..ir.types import BufferKind
@@ -53,6 +54,15 @@ def check_flagged(tg: TaskGraph, storages: list[Storage]) -> None:
         if name not in by_name:
             raise VerificationError("T12", f"no task writes flagged {name}", origin=b.origin)
         _written_once(tg, by_name[name])
+        _ours_alone(tg, by_name[name])
+
+
+def _ours_alone(tg: TaskGraph, s: Storage) -> None:
+    """The body of an operator from outside this package reads and writes plainly."""
+    foreign = {i for i, node in enumerate(tg.graph.nodes) if isinstance(node, ExtensionNode)}
+    for g in (*s.reads, *s.writes) if foreign else ():
+        for task in (tg.tasks[t] for t in g.tasks if tg.tasks[t].node in foreign):
+            raise fail("T12", tg, task, f"{names(tg, [task.id])} uses flagged {s.name}; its operator is an extension")
 
 
 def _written_once(tg: TaskGraph, s: Storage) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from ..ir.expr import Expr, Var, linear_terms, loads
-from ..ir.graph import Attention, Linear, LinearPart, Node, RowMap
+from ..ir.graph import Attention, ExtensionNode, Linear, LinearPart, Node, RowMap, reads, writes
 from ..ir.types import Buffer, BufferKind, DType, contiguous_strides
 from .expr_rules import INTEGERS, Broken, Expressions
 from .index_bounds import injective
@@ -51,6 +51,8 @@ def _separate(b: Buffer) -> bool:
 def check_node(node: Node, buffers: Mapping[str, Buffer], ex: Expressions) -> None:
     """Raise Broken when a node does not fit its buffers."""
     kinds: dict[type, Callable[..., None]] = {RowMap: _row_map, Linear: _linear, Attention: _attention}
+    if isinstance(node, ExtensionNode):
+        return _extension(node, buffers, ex)
     if type(node) not in kinds:
         raise Broken(f"unknown node {type(node).__name__}")
     kinds[type(node)](node, buffers, ex)
@@ -163,3 +165,16 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], ex: Expressions) 
             ex.check(value, buffers[new].dtype, (b, g, d))
             if buffers[new].storage != buffers[old].storage:
                 raise Broken(f"the append writes {new}, which is no version of {old}")
+
+
+def _extension(node: ExtensionNode, buffers: Mapping[str, Buffer], ex: Expressions) -> None:
+    """What can be said without knowing what the node does: its expressions are sound, over variables of their own,
+    and it does not read memory that it overwrites, which would ask for an order between its elements."""
+    for e in node.expressions():
+        ex.check(e, None, tuple(e.free))
+    stored = {buffers[name].storage for name in writes(node)}
+    both = sorted(name for name in reads(node) if buffers[name].storage in stored)
+    if not stored:
+        raise Broken("it writes nothing")
+    if both:
+        raise Broken(f"it reads {both} and writes the same memory")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..errors import VerificationError
 from ..ir.expr import Const, Expr, Var, loads
-from ..ir.graph import Attention, Linear, Node, RowMap
+from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap, writes
 from ..ir.region import Box
 from ..ir.tasks import TaskGraph
 from ..ir.types import BufferKind
@@ -55,6 +55,9 @@ def union_volume(boxes: list[Box]) -> int:
 def stored(node: Node, tg: TaskGraph) -> list[tuple[str, Box]]:
     """(version, box) for each STATE the node writes, where the box is known exactly. Position-dependent dimensions
     have their whole extent, as accesses with a partition do."""
+    if isinstance(node, ExtensionNode):  # writes all of what it writes
+        states = [tg.buffers[name] for name in writes(node) if tg.buffers[name].kind is BufferKind.STATE]
+        return [(b.name, tuple((0, size) for size in b.shape)) for b in states]
     if isinstance(node, RowMap):
         found = [(node.out, node.store)]
     elif isinstance(node, Linear):

@@ -11,6 +11,7 @@ Polling the data costs two. So every intermediate result is flagged that can be:
 - each element written exactly once, where the task list says: an element nobody writes would be polled for ever, one
   written twice could be seen too early;
 - read by a task, but not by one that writes it;
+- not touched by an operator from outside this package, which need not know how to poll and publish;
 - small: it takes its own memory, twice, for the whole launch, and every launch clears it.
 
 With several tokens a step keeps its events: every worker would poll all tokens' activations, and the polls slow down
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...ir.expr import Expr, loads
-from ...ir.graph import Attention, Linear, Node
+from ...ir.graph import Attention, ExtensionNode, Linear, Node
 from ...ir.region import box_size
 from ...ir.tasks import TaskGraph
 from ...ir.types import Buffer, BufferKind, DType
@@ -59,14 +60,15 @@ def flaggable(tg: TaskGraph) -> frozenset[str]:
     written, read = dict.fromkeys(candidates, 0), set()
     for task in tg.tasks:
         mine = {a.buffer for a in task.writes}
+        foreign = isinstance(tg.graph.nodes[task.node], ExtensionNode)
         for a in task.reads:
-            if a.buffer in mine:
+            if foreign or a.buffer in mine:
                 candidates.pop(a.buffer, None)
             read.add(a.buffer)
         for a in task.writes:
             if a.buffer in candidates:
                 written[a.buffer] += box_size(a.box)
-                if task.op not in WRITERS or a.side is not None:
+                if foreign or task.op not in WRITERS or a.side is not None:
                     del candidates[a.buffer]
     # the verifier proves that written boxes are disjoint; then equal sizes say that nothing is left out
     return frozenset(b.storage for b in candidates.values() if b.name in read and written[b.name] == b.numel)
@@ -79,7 +81,7 @@ def _fits(b: Buffer) -> bool:
 def _stores(node: Node) -> Iterator[tuple[str, tuple[Expr, ...]]]:
     if isinstance(node, Linear):
         yield from ((p.out, p.store) for p in node.parts)
-    else:
+    elif not isinstance(node, ExtensionNode):
         yield node.out, node.store
     if isinstance(node, Attention) and node.append:
         yield node.append.keys, node.key_index
