@@ -54,6 +54,7 @@ class _Part:
 def check_needed(tg: TaskGraph) -> int:
     """T11 for every task of a row map or linear. Number of boxes compared."""
     written = {tg.buffers[a.buffer].storage for t in tg.tasks for a in t.writes}
+    storage_of = {name: b.storage for name, b in tg.buffers.items() if b.storage in written}
     parts = [_parts(node, tg, written) for node in tg.graph.nodes]
     compared = 0
     for t in tg.tasks:
@@ -62,7 +63,9 @@ def check_needed(tg: TaskGraph) -> int:
             continue
         read: dict[str, list[Box]] = {}
         for a in t.reads:
-            read.setdefault(tg.buffers[a.buffer].storage, []).append(a.box)
+            storage = storage_of.get(a.buffer)
+            if storage is not None:  # nothing else is needed
+                read.setdefault(storage, []).append(a.box)
         done: set[tuple[str, Box | None]] = set()
         for a in t.writes:
             part = mine.get(a.buffer)
