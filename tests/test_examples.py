@@ -1,0 +1,47 @@
+"""The examples do what they say. As a user runs them: each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+VERDICT = re.compile(r"tokens \[([\d, ]+)\]: (equal to torch\.argmax|a tie by rounding)")
+
+
+def run(script: str, *arguments: str) -> dict[str, str]:
+    """The lines of an example by their first word. It must succeed."""
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) > 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_operator_added_with_two_files(tokens):
+    said = run("add_an_op.py", "--tokens", str(tokens))
+    assert said["graph"] == "next_token = argmax(logits) -> token"
+    assert said["tasks"].startswith(f"8 linear, {tokens} argmax; 1 events")
+    assert said["verified"] == "graph, tasks, schedule, program"
+    assert said["compiled"].startswith("for sm_90a: ") and " 0/0 bytes spilled" in said["compiled"]
+    found = VERDICT.fullmatch(said["reference"])
+    assert found and len(found[1].split(",")) == tokens
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        assert VERDICT.fullmatch(said["kernel"])
+    else:
+        assert said["kernel"].startswith("not launched")
+
+
+@pytest.mark.slow
+def test_a_model_answers_as_in_eager_execution():
+    said = run("generate_text.py", "--model", str(EXAMPLES / "tiny_model" / "model"), "--tokens", "6")
+    assert said["answer"] == "Paris."
+    assert re.fullmatch(r"the same \d+ tokens", said["eager"]) and said["repeated"] == "same tokens"
+    assert re.match(r"the whole decode step: \d+ calls became \d+ nodes", said["captured"])
