@@ -2,8 +2,8 @@
 
 The operator is `Argmax` (add_an_op/argmax.py, add_an_op/argmax.cuh): the next token of greedy decoding. It follows an
 output head here, so the whole step from the hidden state to the token is one kernel. The graph is written by hand;
-it is tiled, scheduled and verified like any other, run by the reference executor, and compiled for a GPU, which needs
-none. With a GPU of that kind the kernel runs too.
+it is fused, tiled, scheduled and verified like any other, run by the reference executor, and compiled for a GPU, which
+needs none. With a GPU of that kind the kernel runs too.
 
     python examples/add_an_op.py [--target sm_90a] [--tokens 4]
 """
@@ -24,6 +24,7 @@ from mpk_dynamo.ir.program import Program
 from mpk_dynamo.ir.schedule import Schedule
 from mpk_dynamo.ir.types import BufferKind, DType, buffer
 from mpk_dynamo.ops.sampling import sample_tensors
+from mpk_dynamo.passes.graph import PASSES
 from mpk_dynamo.passes.schedule import schedule
 from mpk_dynamo.passes.tasks import choose_flagged, derive_events, tile
 from mpk_dynamo.reference import Executor
@@ -83,7 +84,10 @@ def greedy_head(tokens: int) -> Graph:
 
 
 def lower(graph: Graph, target: Target) -> Schedule:
-    """Tasks, events, queues, each verified."""
+    """Fused nodes, tasks and events, queues, each verified."""
+    for graph_pass in PASSES:
+        graph = graph_pass(graph)
+    verify_graph(graph)
     tasks = derive_events(choose_flagged(tile(graph, WORKERS)))
     verify_tasks(tasks)
     made = schedule(tasks, WORKERS)

@@ -14,12 +14,13 @@ import torch
 
 from mpk_dynamo.codegen import generate
 from mpk_dynamo.errors import Unsupported, VerificationError
-from mpk_dynamo.ir.expr import op, var
+from mpk_dynamo.ir.expr import index, op, var
 from mpk_dynamo.ir.graph import ExtensionNode, Graph, Linear, Output, RowMap
 from mpk_dynamo.ir.printer import print_graph
 from mpk_dynamo.ir.types import BufferKind, DType, buffer
 from mpk_dynamo.ops import OPERATORS, register
 from mpk_dynamo.ops.sampling import Sample, sample_tensors
+from mpk_dynamo.passes.graph import PASSES
 from mpk_dynamo.passes.schedule import schedule
 from mpk_dynamo.passes.tasks import choose_flagged, derive_events, tile
 from mpk_dynamo.passes.tasks.choose_flagged import flaggable
@@ -60,6 +61,9 @@ def graph_of(example, rows=1, nodes=1, columns=40):
 
 def lower(graph, workers=4):
     verify_graph(graph)
+    for graph_pass in PASSES:
+        graph = graph_pass(graph)
+    verify_graph(graph)
     tasks = derive_events(choose_flagged(tile(graph, workers)))
     verify_tasks(tasks)
     made = schedule(tasks, workers)
@@ -83,6 +87,24 @@ def test_runs_behind_other_nodes(example, rows):
     got = Executor(lower(graph), order="random", poison=True)(tensors)["out0"]
     assert torch.equal(got, tensors["x0"].argmax(dim=1))
     assert "argmax0 = argmax(mid0) -> out0  # a.place" in print_graph(graph)
+
+
+def test_graph_passes_fuse_around_an_extension(example):
+    """A view before the doubling is folded into it; the doubling, which argmax reads, is not."""
+    graph = graph_of(example)
+    double, argmax = graph.nodes
+    i, j = double.dims
+    s = Sample()
+    s.buffers.update(graph.buffers)
+    copy = s.add(BufferKind.SCRATCH, "copy", DType.F32, 1, 40)
+    view = RowMap("view", (i, j), s.at("x0", i, op("sub", index(39), j)), copy, (i, j))
+    double = replace(double, body=op("add", s.at(copy, i, j), s.at(copy, i, j)))
+    graph = Graph((view, double, argmax), s.buffers, graph.outputs, ("test",))
+    made = lower(graph)
+    assert [n.name for n in made.tasks.graph.nodes] == ["double0", "argmax0"]
+    tensors = sample_tensors(view, graph)
+    got = Executor(made, poison=True)(tensors)["out0"]
+    assert torch.equal(got, tensors["x0"].flip(1).argmax(dim=1))
 
 
 def test_nodes_of_one_structure_share_a_body_and_the_source_stands_once(example):

@@ -111,7 +111,8 @@ class Attention:
 
 class ExtensionNode:
     """Base class of node types from outside this package (see ops.register). The package knows of such a node only
-    what it answers here, and takes what it does with its memory from the accesses its tasks declare.
+    what it answers here, and takes what it does with its memory from the accesses its tasks declare. Graph passes
+    leave it and the buffers it touches as they are.
 
     A subclass is a frozen dataclass with at least `name` and `origin`. Other fields hold Exprs, numbers, names of
     buffers, and tuples and dataclasses of these: every string but `name` and `origin` is the name of a buffer. It

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from ...errors import Unsupported
 from ...ir.expr import Load, walk
-from ...ir.graph import Graph, Linear, Node, RowMap, buffers_read, writes
+from ...ir.graph import ExtensionNode, Graph, Linear, Node, RowMap, buffers_read, writes
 from ...ir.types import Buffer, BufferKind
 
 
@@ -24,7 +24,10 @@ class Flow:
         self._graph = graph
         self.buffers: dict[str, Buffer] = dict(graph.buffers)
         self._nodes: dict[int, Node] = dict(enumerate(graph.nodes))
-        self._returned = {o.buffer for o in graph.outputs if o.buffer is not None}
+        self._fixed = {o.buffer for o in graph.outputs if o.buffer is not None}
+        for node in graph.nodes:
+            if isinstance(node, ExtensionNode):  # no pass knows what to rewrite in it
+                self._fixed.update(buffers_read(node), writes(node))
         self._writer: dict[str, int] = {}
         self._readers: dict[str, dict[int, None]] = {}
         self._reads: dict[int, frozenset[str]] = {}
@@ -78,8 +81,8 @@ class Flow:
         return self._previous.get(name)
 
     def is_internal(self, name: str) -> bool:
-        """Whether only nodes see the buffer, so that it may disappear."""
-        return self.buffers[name].kind is BufferKind.SCRATCH and name not in self._returned
+        """Whether only nodes that passes can rewrite see the buffer, so that it may change or disappear."""
+        return self.buffers[name].kind is BufferKind.SCRATCH and name not in self._fixed
 
     # --- order ---
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...ir import expr as E
 from ...ir.expr import Expr
-from ...ir.graph import Graph, Node, RowMap
+from ...ir.graph import ExtensionNode, Graph, Node, RowMap
 from .rewrite import map_expressions, name_reductions, variables
 
 
@@ -17,6 +17,8 @@ def normalise_loops(graph: Graph) -> Graph:
 
 
 def _normalised(node: Node) -> Node:
+    if isinstance(node, ExtensionNode):
+        return node
     renamed: dict[E.Var, Expr] = {v: E.index(0) for v in variables(node) if v.size == 1}
     if isinstance(node, RowMap):
         kept = [v for v in node.dims if v.size != 1]
