@@ -17,9 +17,11 @@ from mpk_dynamo.errors import Unsupported, VerificationError
 from mpk_dynamo.ir.expr import index, op, var
 from mpk_dynamo.ir.graph import ExtensionNode, Graph, Linear, Output, RowMap
 from mpk_dynamo.ir.printer import print_graph
+from mpk_dynamo.ir.region import Access
 from mpk_dynamo.ir.types import BufferKind, DType, buffer
 from mpk_dynamo.ops import OPERATORS, register
 from mpk_dynamo.ops.sampling import Sample, sample_tensors
+from mpk_dynamo.ops.spec import DeviceForm, TileSpec, Tiling
 from mpk_dynamo.passes.graph import PASSES
 from mpk_dynamo.passes.schedule import schedule
 from mpk_dynamo.passes.tasks import choose_flagged, derive_events, tile
@@ -191,3 +193,59 @@ def test_memory_that_is_overwritten_is_not_read():
     verify_graph(Graph((Update("u", "x", "s@1"),), buffers, (Output("s@1"),)))
     with pytest.raises(VerificationError, match=r"G2: u: it reads \['s'\] and writes the same memory"):
         verify_graph(Graph((Update("u", "s", "s@1"),), buffers, (Output("s@1"),)))
+
+
+class Total:
+    """out[] = the sum of source, in two steps with a buffer of its own between them."""
+
+    name = "total"
+
+    def tile(self, node, graph, workers):
+        (size,) = graph.buffers[node.source].shape
+        part, cut = buffer(f"{node.name}.part", DType.F32, (2,), BufferKind.SCRATCH), size // 2
+        sums = [
+            TileSpec(
+                "half", (k, *ends), (Access(node.source, (ends,)),), (Access(part.name, ((k, k + 1),)),), 4 * cut, cut
+            )
+            for k, ends in enumerate(((0, cut), (cut, size)))
+        ]
+        join = TileSpec("join", (), (Access(part.name, ((0, 2),)),), (Access(node.out, ()),), 12, 1)
+        return Tiling((*sums, join), (part,))
+
+    def context(self, node, graph, workers):
+        return None
+
+    def prepare(self, node, buffers, op, tile):
+        def half(memory):
+            memory[f"{node.name}.part"][tile[0]] = memory[node.source][tile[1] : tile[2]].sum()
+
+        def join(memory):
+            memory[node.out].copy_(memory[f"{node.name}.part"].sum())
+
+        return half if op == "half" else join
+
+    def device_forms(self, node, buffers):
+        part, source = f"{node.name}.part", "namespace mpk {\n// two bodies\n}\n"
+        return {
+            "half": DeviceForm("half", source, "", (node.source, part), scratch=512),
+            "join": DeviceForm("join", source, "", (part, node.out)),
+        }
+
+
+def test_partial_results_of_an_extension(monkeypatch):
+    """Two nodes of one structure: the second is a renamed copy of the first, its partial results too."""
+    monkeypatch.setitem(OPERATORS, Update, Total())
+    s = Sample()
+    nodes = tuple(
+        Update(f"total{n}", s.input(f"x{n}", DType.F32, 10), s.output(f"out{n}", DType.F32)) for n in range(2)
+    )
+    graph = Graph(nodes, s.buffers, (Output("out0"), Output("out1")), ("test",))
+    made = lower(graph)
+    assert made.tasks.flagged == frozenset() and {"total0.part", "total1.part"} <= made.arena.keys()
+    tensors = {name: torch.arange(10.0) * (n + 1) for n, name in enumerate(("x0", "x1"))}
+    got = Executor(made, poison=True)(tensors)
+    assert (got["out0"].item(), got["out1"].item()) == (45, 90)
+    program = generate(made, known("sm_90a"))
+    verify_program(program, known("sm_90a"))  # P3: operands are the node's own buffers
+    assert [kind.split(":")[0] for kind in program.kinds] == ["half", "join"]
+    assert program.source.count("// two bodies") == 1 and "largest(512)" in program.source
