@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from dataclasses import replace
 
@@ -65,6 +66,21 @@ def generate(schedule: Schedule, target: Target) -> Program:
     )
 
 
+def isolated(program: Program) -> dict[str, Program]:
+    """Kind -> the program with that one task body: what registers it takes when it stands alone. Not for launching."""
+    case = "      case {}: return run{}(turn, position);\n"
+    cases = {i: case.format(i, i) for i in range(len(program.kinds))}
+    found = {}
+    for i, kind in enumerate(program.kinds):
+        source = program.source
+        for j, text in cases.items():
+            if text not in source:
+                raise AssertionError(f"the dispatch has no case {j}")
+            source = source if j == i else source.replace(text, "")
+        found[kind] = dataclasses.replace(program, source=source)
+    return found
+
+
 def _bodies(tg: TaskGraph, split: set[int]) -> dict[tuple[int, str], Body]:
     """By (node index, task kind). Written once per distinct structure; the nodes of other layers have the same text
     and other operands. `split`: attentions with several splits."""
@@ -99,9 +115,7 @@ def _partial_buffers(node: Node, tg: TaskGraph, split: bool) -> tuple[str, ...]:
     return partial_names(node) if isinstance(node, Attention) and split else ()
 
 
-def _source(
-    kinds: dict[tuple[str, str], int], used: list[Body], slot_bytes: int, target: Target, bindings: int
-) -> str:
+def _source(kinds: dict[tuple[str, str], int], used: list[Body], slot_bytes: int, target: Target, bindings: int) -> str:
     # the text of an operator from outside this package stands in the unit itself: it is part of the cubin's key
     sources = [s.replace("#pragma once\n", "") for s in dict.fromkeys(body.source for body in used) if s]
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]

@@ -111,6 +111,10 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
     joint = max(len(p.weights) for p in node.parts)
     for p in node.parts:
         for w in p.weights:
+            if buffers[w].kind not in (BufferKind.PARAM, BufferKind.INPUT):
+                # the loader runs ahead of every event
+                why = f"weight {w} is written within the step; the kernel streams only what it never writes"
+                raise Unsupported(why, origin=node.origin)
             if buffers[w].strides != (node.k.size, 1) or buffers[w].dtype is not weight.dtype:
                 raise Unsupported(f"weight {w} is not a contiguous {weight.dtype.value} matrix", origin=node.origin)
     geometry = linear_geometry(node.k.size, node.t.size, weight.dtype, joint, node.origin)

@@ -127,9 +127,7 @@ def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: Refe
                 offset = (row + first) * row_bytes
                 second = bases[1] + offset if len(bases) > 1 else abi.NO_REF
                 n = min(step, count - first)
-                rows["runs"].append(
-                    (bases[0] + offset, second, n, row_bytes, geometry.copy_bytes, int(geometry.tiled))
-                )
+                rows["runs"].append((bases[0] + offset, second, n, row_bytes, geometry.copy_bytes, int(geometry.tiled)))
         return (0, 0, 0, 0, 0, 0, first_segment, len(cut))
 
     return arguments

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from .. import abi
 from ..dump import Dump
 from ..errors import Unsupported
 from ..pipeline import build, capture_graph, emit, lower
@@ -16,14 +20,17 @@ from ..report import Report
 from ..settings import Settings
 
 if TYPE_CHECKING:
+    from ..ir.program import Program
     from ..targets import Target
 
 
 @dataclass
 class GraphExplanation:
-    """One graph of the call. missing: operators that capture has no lowering for -> how often they occur."""
+    """One graph of the call. missing: operators that capture has no lowering for -> how often they occur. bodies: task
+    body -> what it takes when it stands alone, and where in the model it is first used."""
 
     report: Report
+    bodies: dict[str, str] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
 
 
@@ -75,7 +82,9 @@ def explain(
             return gm.forward
         schedule = lower(captured.graph, workers or chosen.sm_count, chosen, found.report, dump)
         if chosen.is_gpu:
-            build(emit(schedule, chosen, found.report, dump), chosen, settings, found.report)
+            program = emit(schedule, chosen, found.report, dump)
+            build(program, chosen, settings, found.report)
+            found.bodies = _resources(program, chosen, settings)
         return gm.forward
 
     with torch.no_grad():
@@ -95,6 +104,27 @@ def _missing(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[st
     calls = (n.target for n in traced.graph.nodes if n.op == "call_function")
     names = (t._schema.name.split("::")[-1] for t in calls if isinstance(t, torch._ops.OpOverload))
     return dict(Counter(name for name in names if name not in LOWERINGS))
+
+
+def _resources(program: "Program", target: "Target", settings: Settings) -> dict[str, str]:
+    """Registers and spills of each task body by itself: in the kernel, bodies inlined side by side share them."""
+    from ..codegen import isolated
+    from ..runtime import build as build_program
+
+    tg = program.schedule.tasks
+    opcodes = np.frombuffer(program.tables["tasks"], abi.TASK.dtype)
+    tasks = sorted(opcodes, key=lambda t: int(t["id"]), reverse=True)
+    first = {int(t["op"]): tg.graph.nodes[tg.tasks[int(t["id"])].node] for t in tasks}
+    alone = isolated(program)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC does not hold the interpreter's lock
+        cache = settings.cache_dir or None
+        jobs = {k: pool.submit(build_program, p, target, cache_dir=cache) for k, p in alone.items()}
+    found = {}
+    for i, (kind, job) in enumerate(jobs.items()):
+        r = job.result().report
+        spills = f"{r.spill_store_bytes}/{r.spill_load_bytes} bytes spilled"
+        found[kind] = f"{r.registers} registers, {spills}, first at {first[i].origin or first[i].name}"
+    return found
 
 
 def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
@@ -119,6 +149,7 @@ def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
             floor = r.bytes / target.bandwidth * 1e3
             rows.append(("roofline", f"{floor:.3f} ms at the datasheet's {target.bandwidth / 1e12:.2f} TB/s"))
             rows.append(("kernel", f"{target.name}: {r.resources}"))
+            rows += [(f"  {kind}", text) for kind, text in graph.bodies.items()]
         else:
             rows.append(("kernel", "none: no GPU here; name a target to build one, e.g. sm_90a"))
         rows.append(("compile time", ", ".join(f"{name} {s:.2f} s" for name, s in r.seconds.items())))

@@ -11,7 +11,8 @@ import pytest
 from device_forms import REFUSED, SAMPLES
 
 from mpk_dynamo import abi, pipeline
-from mpk_dynamo.codegen import generate
+from mpk_dynamo.codegen import generate, isolated
+from mpk_dynamo.codegen.bodies import bodies
 from mpk_dynamo.dump import Dump
 from mpk_dynamo.errors import Unsupported
 from mpk_dynamo.ir.graph import Attention, Graph, Linear, writes
@@ -27,8 +28,6 @@ from mpk_dynamo.verify import verify_program
 from mpk_dynamo.verify.tables import decode
 
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
-QUICK = ("sm_80", "sm_90a")
-"""One without bulk copies and one with; a compilation takes seconds, so the others are for -m slow."""
 ONE = graphs.Model(layers=1)
 SPLIT = graphs.Model(layers=1, capacity=80)
 SEVERAL = graphs.Model(layers=1, batch=3, bias=True, qk_norm=False, mask="arithmetic")
@@ -53,7 +52,7 @@ def of_sample(name: str, graph: Graph | None = None) -> Program:
     return generate(lowered(graph or SAMPLES[name][1], target, fuse=False), target)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in TARGETS])
+@pytest.mark.parametrize("name", TARGETS)
 def test_nvrtc_compiles_a_decoder_step(name: str) -> None:
     made, target = program(SPLIT, name), known(name)
     verify_program(made, target)
@@ -198,3 +197,21 @@ def test_more_buffers_than_a_launch_carries(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(abi, "MAX_BINDINGS", 5)
     with pytest.raises(Unsupported, match="one launch carries 5 pointers"):
         generate(lowered(graphs.decoder(ONE), known("sm_90a")), known("sm_90a"))
+
+
+def test_a_body_by_itself_is_the_same_unit_with_one_case() -> None:
+    made = program()
+    alone = isolated(made)
+    assert list(alone) == list(made.kinds)
+    for i, kind in enumerate(made.kinds):
+        left = re.findall(r"      case (\d+): return run", alone[kind].source)
+        assert left == [str(i)]
+
+
+def test_a_weight_that_the_step_writes_is_refused() -> None:
+    graph = graphs.decoder(ONE)
+    node = next(n for n in graph.nodes if isinstance(n, Linear))
+    name = node.parts[0].weights[0]
+    written = dataclasses.replace(graph.buffers[name], kind=BufferKind.STATE)
+    with pytest.raises(Unsupported, match="written within the step"):
+        bodies(node, {**graph.buffers, name: written})
