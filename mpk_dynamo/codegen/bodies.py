@@ -109,6 +109,8 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
     operands = Operands()
     weight = buffers[node.parts[0].weights[0]]
     joint = max(len(p.weights) for p in node.parts)
+    if joint > 2:
+        raise Unsupported(f"{joint} weights share one epilogue; the loader takes two at a time", origin=node.origin)
     for p in node.parts:
         for w in p.weights:
             if buffers[w].kind not in (BufferKind.PARAM, BufferKind.INPUT):

@@ -215,3 +215,12 @@ def test_a_weight_that_the_step_writes_is_refused() -> None:
     written = dataclasses.replace(graph.buffers[name], kind=BufferKind.STATE)
     with pytest.raises(Unsupported, match="written within the step"):
         bodies(node, {**graph.buffers, name: written})
+
+
+def test_more_joint_weights_than_the_loader_takes_are_refused() -> None:
+    graph = graphs.decoder(ONE)
+    node = next(n for n in graph.nodes if isinstance(n, Linear))
+    part = node.parts[0]
+    three = dataclasses.replace(node, parts=(dataclasses.replace(part, weights=part.weights[:1] * 3),))
+    with pytest.raises(Unsupported, match="share one epilogue"):
+        bodies(three, graph.buffers)
