@@ -11,23 +11,14 @@ import torch
 
 from ..errors import LaunchError
 from ..ir.graph import Graph, Output
-from ..ir.types import Buffer, BufferKind, DType
+from ..ir.types import Buffer, BufferKind
+from ..ops.evaluate import TORCH_DTYPE
 from .launch import Binding, Executable
 
 ALIGNMENT = 16
 """Bytes. What the kernel may assume of every PARAM and STATE of at least that size, and of floating-point INPUTs of
 at least that size. OUTPUTs are aligned to 512. Everything else is aligned to its element."""
 
-TORCH_DTYPES = {
-    DType.BF16: torch.bfloat16,
-    DType.F16: torch.float16,
-    DType.F32: torch.float32,
-    DType.F64: torch.float64,
-    DType.I64: torch.int64,
-    DType.I32: torch.int32,
-    DType.U8: torch.uint8,
-    DType.BOOL: torch.bool,
-}
 _data_ptr = torch.Tensor.data_ptr
 
 
@@ -88,7 +79,7 @@ class DeviceCallable:
         self._inputs = [(c.word, c.argument, c.mask) for c in callers if c.buffer.kind is BufferKind.INPUT]
         self._pick = _picker([c.argument for c in self._stable])
         self._callers = callers
-        self._made = [(word, b.shape, TORCH_DTYPES[b.dtype]) for word, b in made]
+        self._made = [(word, b.shape, TORCH_DTYPE[b.dtype]) for word, b in made]
         position = {b.name: i for i, (_, b) in enumerate(made)}
         self._results = [self._result(output, position, arguments) for output in graph.outputs]
 
@@ -162,7 +153,7 @@ class DeviceCallable:
 
 
 def _check_tensor(value: Any, buffer: Buffer, device: torch.device, what: str) -> None:
-    wanted = (buffer.shape, buffer.strides, TORCH_DTYPES[buffer.dtype], device)
+    wanted = (buffer.shape, buffer.strides, TORCH_DTYPE[buffer.dtype], device)
     found: object = type(value).__name__
     if isinstance(value, torch.Tensor):
         shape = tuple(value.shape)
