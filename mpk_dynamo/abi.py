@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 3
+VERSION = 4
 
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
@@ -116,9 +116,11 @@ LAUNCH_FIXED = Struct(
 """The kernel's one parameter is `struct Launch { LaunchFixed; u64 pointers[BINDINGS]; }`: this, then 8 bytes for
 each of Program.bindings (device addresses)."""
 
-PROFILE = Struct("Profile", (("clock", "u64", 4),))
+PROFILE = Struct("Profile", (("clock", "u64", 6),))
 """One record per worker, then one per task id. Worker: clock64 and globaltimer (ns) at its start, the same at its end.
-Task: clock64 of its worker when it began to wait, to run, when it had computed, when it had signalled."""
+Task: clock64 of its worker when it began to wait, when its events had come, when its inputs were there, when it had
+read its last ring slot, when it had computed, when it had signalled (`Mark` in megakernel.cuh). A clock that a body
+does not take stays as it was: zero the records before a launch."""
 
 FAULT = Struct(
     "Fault",

@@ -41,9 +41,9 @@ class Binding:
         self.stream, self._keep = stream, keep
         # numpy aligns it to 16 bytes; C++ has no array of 0 pointers
         self._memory = np.zeros(_FIXED_BYTES // 8 + max(count, 1), "<u8")
-        record = self._memory[: _FIXED_BYTES // 8].view(abi.LAUNCH_FIXED.dtype)
+        self.fixed = self._memory[: _FIXED_BYTES // 8].view(abi.LAUNCH_FIXED.dtype)
         for name, value in fixed.items():
-            record[name] = value
+            self.fixed[name] = value
         self.words = memoryview(self._memory)[_FIXED_BYTES // 8 :].cast("B").cast("Q")
         self.stable: object = None
         self._last: tuple[int, ...] | None = None
@@ -147,6 +147,14 @@ class Executable:
                 binding = self._binding(stream)
             yield binding
             self.kernel.launch(self._grid, self._threads, self._shared, binding.stream, binding.params)
+
+    def profile(self, address: int) -> None:
+        """Later launches write their profile records (abi.PROFILE: one per worker, then one per task) to this device
+        address; 0: none. Nothing else of the kernel depends on it. CUDA graphs keep what they were captured with."""
+        with self._lock:
+            self._fixed["profile"] = address
+            for binding in self._bindings.values():
+                binding.fixed["profile"] = address
 
     def check_fault(self) -> None:
         """Raises DeviceFault when a kernel gave up. Does not synchronise: call it after a synchronize to know of

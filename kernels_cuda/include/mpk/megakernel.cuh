@@ -9,6 +9,10 @@ namespace mpk {
 
 enum Barrier : u32 { kBarConsumers = 1, kBarReady = 2, kBarFetched = 3 };
 
+// Clocks of a task's record (Profile): a phase ends where the next clock is taken. Bodies without ring slots take no
+// kStreamed, bodies that poll nothing no kInputs.
+enum Mark : u32 { kWaits, kReady, kInputs, kStreamed, kComputed, kSignalled };
+
 // A task ready to run: its descriptor with pointers instead of references. In shared memory, two of them.
 struct Ready {
   void* pointer[MAX_OPERANDS];
@@ -54,11 +58,11 @@ struct Context {
   // Every body calls this once: until then only operands that this launch does not write may be read. False: the launch
   // is being abandoned, return.
   MPK_DEVICE bool wait() const {
-    mark(0);
+    mark(kWaits);
     shared.health.streaming = 0;
     if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&shared.ring.idle);
     ptx::barrier(kBarReady, kConsumers + 32);
-    mark(1);
+    mark(kReady);
     return !ready->stop;
   }
   // The inputs are here and the ring is being read: the loader may use its whole flight.
@@ -67,7 +71,7 @@ struct Context {
       shared.ring.waiting = 0;
       shared.health.streaming = 1;
     }
-    mark(1);
+    mark(kInputs);
   }
   // Abandon the launch: something the host must hear of. The first finding counts.
   MPK_DEVICE void fail(u32 kind, u32 slot, u32 needed, u32 seen) const {
@@ -81,13 +85,14 @@ struct Context {
     h.pending = 1;
     h.aborted = 1;
   }
-  // Timeline: clock of this SM at a phase of the task (0: waits, 1: runs, 2: computed, 3: signalled).
-  MPK_DEVICE void mark(u32 phase) const {
+  // Timeline: the clock of this SM, when profiling is on.
+  MPK_DEVICE void mark(Mark phase) const {
     if (shared.profile && threadIdx.x == 0) shared.profile[ready->task.id].clock[phase] = ptx::clock();
   }
   // The loader may lower its flight: this task needs no more slots.
   MPK_DEVICE void last_slot_consumed() const {
     if (threadIdx.x == 0) shared.ring.waiting = 1;
+    mark(kStreamed);
   }
   // An index that comes from data: outside its tensor it is reported and clamped, never followed.
   MPK_DEVICE i64 checked(i64 i, i64 size) const {
@@ -217,7 +222,7 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
     position = P::run(ready.task.op, i, position);
     if (ready.stop) break;
     const Context<C> context(i, position);
-    context.mark(2);
+    context.mark(kComputed);
     // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
     // gpu-scope release is cumulative.
     const u32 signals = ready.task.signal_count;
@@ -226,7 +231,7 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) 
       const u32 slot = k < MAX_WAITS ? ready.signal[k] : table<Signal>(launch, TABLE_SIGNALS)[ready.task.signals + k].slot;
       ptx::red_add_release(control + CONTROL_EVENTS + slot * EVENT_STRIDE, 1);
     }
-    context.mark(3);
+    context.mark(kSignalled);
   }
   if (queue.task_count && !s.ready[(queue.task_count - 1) & 1].stop && (threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&s.ring.idle);
 }

@@ -76,6 +76,7 @@ MPK_DEVICE void attention(Ctx& c) {
     }
   }
   c.barrier();
+  c.mark(kInputs);
   const float* new_key = rows + N::G * D;
   const float* new_value = new_key + D;
   if constexpr (N::APPEND) {
@@ -238,6 +239,7 @@ MPK_DEVICE void attention_combine(Ctx& c) {
           }
           return complete;
         });
+      c.mark(kInputs);
 #pragma unroll
       for (int u = 0; u < BATCH; ++u) {
         m[u] = __uint_as_float(raw[0][u]);
