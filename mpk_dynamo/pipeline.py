@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ir.graph import Graph
     from .ir.program import Program
     from .ir.schedule import Schedule
+    from .loop import Sampling
     from .targets import Target
 
 REFERENCE_WORKERS = 8
@@ -51,6 +52,28 @@ def compile_graph(
     report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
     dump.report(report)
     return returned_numbers(gm, compiled)
+
+
+def compile_loop(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    fed: Mapping[str, Any],
+    sampling: "Sampling",
+    settings: Settings,
+    report: Report,
+) -> Callable[..., int]:
+    """From Dynamo's graph of a decode step to a loop of such steps: `loop(args, state, steps)`.
+
+    fed: "tokens" (a tensor), "positions" and "masks" (lists of tensors): the very objects among `example_inputs` that
+    the loop advances, see loop.Feed; one that is not among them is ignored. The first output of the graph that is a
+    tensor is the logits. `args` are the arguments of the graph, `state` a loop.LoopState of its device and batch. A
+    call runs up to `steps` steps, fewer when all sequences finish, and returns how many; afterwards the fed tensors of
+    `args` hold what the next step is fed.
+
+    Raises Unsupported (as compile_graph; no tokens among the inputs; a mask of unknown form), VerificationError,
+    CompileError.
+    """
+    raise NotImplementedError
 
 
 @without_collector
