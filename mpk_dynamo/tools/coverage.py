@@ -9,9 +9,15 @@ eager in bf16 is what is allowed. Each program is generated for a GPU as well, w
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,14 +115,21 @@ class Coverage:
 
 
 def measure(
-    family: str, batch: int, *, target: "Target", steps: int = STEPS, device: str = "cpu", **changes: Any
+    family: str,
+    batch: int,
+    *,
+    target: "Target",
+    steps: int = STEPS,
+    device: str = "cpu",
+    published: bool = False,
+    **changes: Any,
 ) -> Coverage:
-    """Decode `steps` tokens of a family's tiny model. `changes` are of its configuration; `target` is what programs
-    are generated for. An exception becomes `failure`."""
+    """Decode `steps` tokens of a family's model, tiny or with published widths. `changes` are of its configuration;
+    `target` is what programs are generated for. An exception becomes `failure`."""
     found = Coverage(family, batch)
     torch._dynamo.reset()
     try:
-        _measure(build(family, **changes).to(device), found, target, steps)
+        _measure(build(family, published=published, device=device, **changes), found, target, steps)
     except Exception as error:  # a row of the table that says so: the others are of interest too
         found.failure = f"{type(error).__name__}: {error}".split("\n")[0][:300]
     finally:
@@ -132,6 +145,7 @@ def _measure(model: "PreTrainedModel", found: Coverage, target: "Target", steps:
     eager, ids = decode(model, model.forward, prompt, steps)
     wide = copy.deepcopy(model).float()
     exact, _ = decode(wide, wide.forward, ids, steps, forced=True)
+    del wide
     compiled = torch.compile(model.forward, backend=_inspecting(found, target))
     ours, _ = decode(model, compiled, ids, steps, forced=True)
     found.error, found.eager_error = (((x - exact).norm() / exact.norm()).item() for x in (ours, eager))
@@ -278,20 +292,67 @@ def table(rows: Iterable[Coverage], markdown: bool = False) -> str:
 
 def run(arguments: Any) -> int:
     """The command. Exit status 1 when a row is inaccurate or failed."""
+    families = arguments.family or list(FAMILIES)
+    found: dict[tuple[str, int], Coverage] = {}
+    with ThreadPoolExecutor(arguments.jobs or max(1, (os.cpu_count() or 1) // 2)) as pool:
+        jobs = [pool.submit(_measured_apart, family, arguments) for family in families]
+        for job in as_completed(jobs):
+            for c in job.result():
+                found[c.family, c.batch] = c
+                print(" ".join(cells(c)), *c.notes(), sep="\n  ", file=sys.stderr, flush=True)
+    rows = [found[family, batch] for family in families for batch in arguments.batch]
+    print(_preface(arguments) + table(rows, markdown=True) if arguments.markdown else table(rows), end="")
+    return 0 if all(c.accurate and not c.failure for c in rows) else 1
+
+
+def _measured_apart(family: str, arguments: Any) -> list[Coverage]:
+    """A family's rows, from processes of their own: what kills one, or breaks its CUDA context, costs one row."""
+    out: list[Coverage] = []
+    while left := arguments.batch[len(out) :]:
+        words = [sys.executable, "-W", "ignore", "-m", __name__, family, *map(str, left)]
+        words += ["--target", arguments.target, "--device", arguments.device]
+        words += ["--published"] if arguments.published else []
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=arguments.timeout)
+            said, errors, end = done.stdout, done.stderr, f"exit status {done.returncode}"
+        except subprocess.TimeoutExpired as late:
+            said, errors = ((x or b"").decode(errors="replace") for x in (late.stdout, late.stderr))
+            end = f"not done after {arguments.timeout} s"
+        rows = [_restored(json.loads(line)) for line in said.splitlines() if line.startswith("{")]
+        out += rows
+        if not rows:
+            last = (errors.strip().splitlines() or [""])[-1]
+            out.append(Coverage(family, left[0], failure=f"{end}: {last}"[:300]))
+    return out
+
+
+def _restored(row: dict[str, Any]) -> Coverage:
+    programs = [ProgramCoverage(**{**p, "report": Report(**p["report"])}) for p in row.pop("programs")]
+    return Coverage(**row, programs=programs)
+
+
+def _child(words: list[str] | None = None) -> None:
+    """Measure the batch sizes of one family, a line of JSON for each, until one fails."""
+    import argparse
     import logging
 
     from ..targets import known
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("family")
+    parser.add_argument("batch", type=int, nargs="+")
+    parser.add_argument("--target")
+    parser.add_argument("--device")
+    parser.add_argument("--published", action="store_true")
+    a = parser.parse_args(words)
     logging.getLogger("mpk_dynamo").setLevel(logging.ERROR)  # what falls back is in the table
-    target = known(arguments.target)
-    rows = []
-    for family in arguments.family or FAMILIES:
-        for batch in arguments.batch:
-            rows.append(measure(family, batch, target=target, device=arguments.device))
-            if not arguments.markdown:
-                print(" ".join(cells(rows[-1])), *rows[-1].notes(), sep="\n  ", flush=True)
-    print(_preface(arguments) + table(rows, markdown=True) if arguments.markdown else "\n" + table(rows), end="")
-    return 0 if all(c.accurate and not c.failure for c in rows) else 1
+    if a.device == "cpu":
+        torch.set_num_threads(1)
+    for batch in a.batch:
+        row = measure(a.family, batch, target=known(a.target), device=a.device, published=a.published)
+        print(json.dumps(dataclasses.asdict(row)), flush=True)
+        if row.failure:
+            break
 
 
 def _preface(arguments: Any) -> str:
@@ -315,3 +376,7 @@ and greedy tokens differ from eager's only where two are as good as tied. *Nodes
 model with sliding windows has three, as the window fills and moves. *Device form*: code generation accepts the program.
 
 """
+
+
+if __name__ == "__main__":
+    _child()

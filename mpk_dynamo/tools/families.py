@@ -73,16 +73,62 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """By name, what `AutoConfig.for_model` takes."""
 
 
-def build(name: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> "PreTrainedModel":
-    """The tiny model of a family, in eval mode, with random weights that leave no part without effect."""
+def _widths(hidden: int, inner: int, heads: int, kv: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama": _widths(2048, 8192, 32, 8, 128256),  # 3.2 1B
+    "mistral": _widths(4096, 14336, 32, 8, 32768, head_dim=128),  # 7B v0.3, with the window of v0.1
+    "qwen2": _widths(3584, 18944, 28, 4, 152064),  # 7B
+    "qwen2.5": _widths(1536, 8960, 12, 2, 151936),  # 1.5B
+    "qwen3": _widths(2560, 9728, 32, 8, 151936, head_dim=128),  # 4B
+    "gemma2": _widths(2304, 9216, 8, 4, 256000, head_dim=256, query_pre_attn_scalar=256),  # 2B
+    "gemma3": _widths(1152, 6912, 4, 1, 262144, head_dim=256, query_pre_attn_scalar=256),  # 1B
+    "phi3": _widths(3072, 8192, 32, 32, 32064),  # mini
+    "phi4-mini": _widths(3072, 8192, 24, 8, 200064),
+    "phi": _widths(2560, 10240, 32, 32, 51200),  # 2
+    "stablelm": _widths(2048, 5632, 32, 32, 100352),  # 2 1.6B
+    "olmo2": _widths(2048, 8192, 16, 16, 100352),  # 1B
+    "smollm3": _widths(2048, 11008, 16, 4, 128256),  # 3B
+    "granite": _widths(2048, 8192, 32, 8, 49155),  # 3.1 2B
+    "gpt2": {"n_embd": 768, "n_head": 12, "vocab_size": 50257},
+    "gpt-neox": _widths(2048, 8192, 16, 16, 50304),  # Pythia 1.4B
+    "starcoder2": _widths(3072, 12288, 24, 2, 49152),  # 3B
+    "falcon": _widths(4544, 18176, 71, 1, 65024),  # 7B
+    "cohere": _widths(8192, 22528, 64, 8, 256000),  # Command R 08-2024
+    "opt": _widths(2048, 8192, 32, 32, 50272, ffn_dim=8192, word_embed_proj_dim=2048),  # 1.3B
+}
+"""By name, widths of one published checkpoint of the family. The number of layers stays the tiny model's."""
+
+
+def build(
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    published: bool = False,
+    device: str | torch.device = "cpu",
+    **changes: Any,
+) -> "PreTrainedModel":
+    """The model of a family, in eval mode on `device`, with random weights that leave no part without effect: tiny,
+    or with the published widths. `changes` are of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .models import vary_vectors
 
     implementation = {"attn_implementation": changes.pop("attn_implementation", None)}
-    config = AutoConfig.for_model(**{**FAMILIES[name], **changes})
+    widths = {**PUBLISHED[name], "initializer_range": 0.02} if published else {}
+    config = AutoConfig.for_model(**{**FAMILIES[name], **widths, **changes})
     torch.manual_seed(0)
     kept = {k: v for k, v in implementation.items() if v}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kept).eval()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kept).eval()
     vary_vectors(model)
     return model
