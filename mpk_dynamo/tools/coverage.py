@@ -361,14 +361,19 @@ def _preface(arguments: Any) -> str:
     import transformers
 
     words = ["python -m mpk_dynamo coverage", *(["--family", *arguments.family] if arguments.family else [])]
-    words += ["--batch", *map(str, arguments.batch), "--markdown"]
+    words += ["--batch", *map(str, arguments.batch), *(["--published"] if arguments.published else [])]
+    words += ["--markdown", *(["--device", arguments.device] if arguments.device != "cpu" else [])]
+    if arguments.device == "cpu":
+        where = f"the reference executor (CPU); device forms are generated for {arguments.target}, not run"
+    else:
+        where = f"{torch.cuda.get_device_name()}, by the kernel"
+    size = "widths of a published checkpoint and two layers" if arguments.published else "tiny widths"
     return f"""# Model families
 
 Generated on {datetime.date.today()} by `{" ".join(words)}` with torch {torch.__version__}, transformers
-{transformers.__version__}, on {"the reference executor (CPU)" if arguments.device == "cpu" else arguments.device}; \
-device forms are generated for {arguments.target}, not run.
+{transformers.__version__}, on {where}.
 
-Each family is a tiny model of random weights with the structure of its published checkpoints
+Each family is a model of random weights with the structure of its published checkpoints and {size}
 (`mpk_dynamo/tools/families.py`), in bf16, decoding {STEPS} tokens after a prompt of {PROMPT} with a static cache. A
 result passes when its relative error against fp32 is at most {FACTOR} times that of eager bf16 plus {ERROR_MARGIN:g},
 and greedy tokens differ from eager's only where two are as good as tied. *Nodes captured*: of Dynamo's graph.

@@ -90,3 +90,12 @@ def test_a_family_that_falls_short_is_reported(monkeypatch: pytest.MonkeyPatch) 
     assert not c.accurate
     monkeypatch.setattr(coverage, "build", lambda *_, **__: build("llama", hidden_size=3))
     assert measure("llama", 1, target=known("sm_90a")).failure
+
+
+def test_a_family_whose_process_dies_costs_one_row(capfd: pytest.CaptureFixture[str]) -> None:
+    """The command measures in processes of their own; what they say, and how they end, becomes rows."""
+    from mpk_dynamo.tools.cli import main
+
+    words = ["coverage", "--family", "qwen2.5", "--batch", "1", "--jobs", "1"]
+    assert main([*words, "--timeout", "1"]) == 1
+    assert "qwen2.5, batch 1: not done after 1 s" in capfd.readouterr().out
