@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 
+from .by_size import BySize
+from .dump import Dump
 from .errors import MpkError, Unsupported
 from .fallback import fall_back
-from .pipeline import compile_graph
+from .pieces import compile_pieces
+from .pipeline import Place, capture_graph, compile_captured
 from .report import Report, record
 from .settings import Settings
-from .specialize import guard_symbols
+from .specialize import at_present, changes_per_call, has_symbols, returned_numbers
+from .split import split
 
 _log = logging.getLogger("mpk_dynamo")
 
@@ -30,15 +34,15 @@ def mpk(
 
     `example_inputs` are the real tensors (and SymInts) of this call, in the order of the graph's placeholders.
     `options` are those of settings.py. `mode` is accepted because `CompileConfig` always sends one; it has no
-    meaning here. A graph outside the supported set is handed to the fallback, with a warning and a report.
+    meaning here. What of a graph is outside the supported set is handed to the fallback, with a warning and a report.
 
     Raises OptionError, Unsupported with `fallback="error"`, and any error of this project's own making.
     """
     settings = Settings.from_options(options)
-    report = record(Report(fx_nodes=sum(n.op not in ("placeholder", "output", "get_attr") for n in gm.graph.nodes)))
+    report = record(Report(fx_nodes=_size(gm)))
     try:
         _refuse_training(example_inputs)
-        compiled = compile_graph(gm, example_inputs, settings, report)
+        return compile_any(gm, example_inputs, settings, report)
     except Unsupported as why:
         return fall_back(gm, example_inputs, settings, report, why)
     except exceptions_allowed_to_be_fallback as error:
@@ -48,9 +52,64 @@ def mpk(
     except MpkError as error:
         report.reason, report.origin = error.message, error.origin
         raise
-    guard_symbols(gm, example_inputs)
-    _log.info("%s", report.summary())
+
+
+def compile_any(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
+) -> Callable[..., Any]:
+    """Programs for as much of a graph as can be, whatever its sizes are. Raises as `mpk` does, and Unsupported when
+    nothing of it becomes a program."""
+    if not has_symbols(gm, example_inputs):
+        return compile_fixed(gm, example_inputs, settings, report)
+    if settings.fallback != "error" and changes_per_call(gm, example_inputs):
+        return _compile_split(gm, example_inputs, settings, report, symbols=True)
+    first = compile_fixed(gm, example_inputs, settings, report)
+
+    def further(gm: torch.fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        own = record(Report(fx_nodes=report.fx_nodes))
+        try:
+            return compile_fixed(gm, args, settings, own)
+        except Unsupported as why:
+            reason = why
+        return at_present(gm, args, lambda fixed, inputs: fall_back(fixed, inputs, settings, own, reason))
+
+    return BySize(gm, example_inputs, first, further)
+
+
+def compile_fixed(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
+) -> Callable[..., Any]:
+    """The same for the present sizes and numbers alone; nothing guards them."""
+    place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
+    try:
+        captured = capture_graph(gm, example_inputs, report, dump)
+    except Unsupported as why:
+        if why.passing or settings.fallback == "error":
+            raise
+    else:
+        compiled = compile_captured(captured, place, settings, report, dump)
+        _log.info("%s", report.summary())
+        return returned_numbers(gm, compiled)
+    return at_present(gm, example_inputs, lambda fixed, inputs: _compile_split(fixed, inputs, settings, report))
+
+
+def _compile_split(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    report: Report,
+    symbols: bool = False,
+) -> Callable[..., Any]:
+    place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
+    made = split(gm, example_inputs, report, dump, symbols=symbols)
+    compiled = compile_pieces(made, gm, example_inputs, place, settings, report)
+    dump.report(report)
+    _log.warning("%s", report.summary())
     return compiled
+
+
+def _size(gm: torch.fx.GraphModule) -> int:
+    return sum(n.op not in ("placeholder", "output", "get_attr") for n in gm.graph.nodes)
 
 
 def _refuse_training(example_inputs: Sequence[Any]) -> None:

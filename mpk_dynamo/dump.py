@@ -39,6 +39,10 @@ class Dump:
         if gm is not None:
             self.text("0-dynamo.py", lambda g: g.print_readable(print_output=False), gm)
 
+    def piece(self, number: int, gm: "torch.fx.GraphModule", report: Report) -> "Dump":
+        """A folder of its own for a piece of the graph."""
+        return Dump(str(self.path / f"piece-{number}") if self.path else "", gm, report)
+
     def text(self, name: str, render: Callable[[T], str], value: T) -> None:
         """Write `render(value)`; rendering happens only when dumping is on."""
         if self.path is not None:

@@ -17,7 +17,15 @@ class MpkError(Exception):
 
 
 class Unsupported(MpkError):
-    """A part of the graph that cannot be captured. The only exception that leads to a (reported) fallback."""
+    """A part of the graph that cannot be captured. The only exception that leads to a (reported) fallback.
+
+    `passing`: the graph as a whole is of a kind that comes with many sizes and is not for these programs, such as the
+    pass over a prompt, so that it is not to be split either.
+    """
+
+    def __init__(self, message: str, *, origin: str = "", remedy: str = "", passing: bool = False) -> None:
+        super().__init__(message, origin=origin, remedy=remedy)
+        self.passing = passing
 
 
 class OptionError(MpkError, ValueError):

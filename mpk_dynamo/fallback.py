@@ -1,4 +1,4 @@
-"""What runs a graph that cannot be captured: Inductor or plain PyTorch, always reported."""
+"""What runs graphs and pieces of graphs that cannot be captured: Inductor or plain PyTorch, always reported."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .errors import Unsupported
 from .report import Report
 from .settings import Settings
+from .specialize import has_symbols, without_symbols
 
 _log = logging.getLogger("mpk_dynamo")
 
@@ -18,33 +21,64 @@ _log = logging.getLogger("mpk_dynamo")
 def fall_back(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, why: Unsupported
 ) -> Callable[..., Any]:
-    """A callable with the graph's own semantics. Records and logs why; raises `why` with `fallback="error"`.
-
-    "auto" is Inductor for CUDA tensors and eager for CPU ones, where compiling costs more than it saves in the
-    tests and demonstrations that the reference executor is for.
-    """
+    """A callable with the graph's own semantics. Records and logs why; raises `why` with `fallback="error"`."""
     report.reason, report.origin = why.message, why.origin
     if settings.fallback == "error":
         raise why
-    choice = settings.fallback
-    if choice == "auto":
-        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
-        choice = "inductor" if on_gpu else "eager"
+    choice = choice_of(settings, example_inputs)
     report.outcome = f"fallback to {choice}"
     _log.warning("%s%s", report.summary(), f" -> {why.remedy}" if why.remedy else "")
+    if why.passing and choice == "inductor" and not has_symbols(gm, example_inputs):
+        return Deferred(gm, report)
+    return compile_outside(gm, example_inputs, choice, report)
+
+
+def choice_of(settings: Settings, example_inputs: Sequence[Any]) -> str:
+    """ "inductor" or "eager". "auto" is Inductor for CUDA tensors and eager for CPU ones, where compiling costs more
+    than it saves in the tests and demonstrations that the reference executor is for."""
+    if settings.fallback != "auto":
+        return settings.fallback
+    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
+    return "inductor" if on_gpu else "eager"
+
+
+def compile_outside(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], choice: str, report: Report
+) -> Callable[..., Any]:
+    """`gm` compiled by Inductor, or as it is. Symbolic sizes stay such while Dynamo compiles; fake tensors among the
+    inputs are of Dynamo's mode then."""
     if choice == "eager":
         return gm.forward
     with report.stage("inductor"):
-        return _inductor(gm, example_inputs, report)
+        if has_symbols(gm, example_inputs) and TracingContext.try_get() is not None:
+            return _inductor(gm, example_inputs)
+        mode = detect_fake_mode([x for x in example_inputs if isinstance(x, FakeTensor)]) or FakeTensorMode()
+        with without_symbols():
+            return _inductor(gm, [x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in example_inputs])
 
 
-def _inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report) -> Callable[..., Any]:
+def _inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.exc import InductorError
 
     try:
         return compile_fx(gm, list(example_inputs))
     except InductorError as error:  # no C++ compiler, say: the graph still has plain PyTorch's meaning
-        report.outcome = "fallback to eager"
-        _log.warning("Inductor failed, the graph runs eagerly: %s", str(error).strip().split("\n")[0])
+        _log.warning("Inductor failed, its part runs eagerly: %s", str(error).strip().split("\n")[0])
         return gm.forward
+
+
+class Deferred:
+    """Runs a graph eagerly once, and by Inductor from the second call on: the first prompt gives a graph for its own
+    length, the next one a graph for every length, and only one of them is worth compiling."""
+
+    def __init__(self, gm: torch.fx.GraphModule, report: Report) -> None:
+        self._gm, self._report = gm, report
+        self._compiled: Callable[..., Any] | None = None
+        self._called = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None and self._called:
+            self._compiled = compile_outside(self._gm, args, "inductor", self._report)
+        self._called = True
+        return (self._compiled or self._gm.forward)(*args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from .errors import OptionError, Unsupported
 from .ir import printer
 from .report import Report
 from .settings import Settings
-from .specialize import fix_numbers, has_symbols, returned_numbers, without_symbols
+from .specialize import fix_numbers, has_symbols, without_symbols
 from .verify.report import without_collector
 
 if TYPE_CHECKING:
@@ -29,29 +30,37 @@ REFERENCE_WORKERS = 8
 """Simulated workers of the reference executor: enough for every kind of event, few enough to be quick."""
 
 
-def compile_graph(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
-) -> Callable[..., Any]:
-    """From Dynamo's graph to a callable with the same arguments and results.
+@dataclass(frozen=True)
+class Place:
+    """Where a program runs: the inputs' device, and the target that it is made for, on a GPU or not."""
 
-    Raises Unsupported (the graph, device or dtype is outside the supported set), VerificationError, CompileError.
-    """
-    device = _device_of(example_inputs)
-    on_gpu = _runs_on_gpu(device, settings)
-    target = _target_of(device, settings) if on_gpu else _reference_target(settings)
-    dump = Dump(settings.dump_dir, gm, report)
-    captured = capture_graph(gm, example_inputs, report, dump)
+    device: torch.device
+    target: "Target"
+
+    @staticmethod
+    def of(example_inputs: Sequence[Any], settings: Settings) -> "Place":
+        """Raises Unsupported for devices that nothing is made for, OptionError when the settings contradict it."""
+        device = _device_of(example_inputs)
+        on_gpu = _runs_on_gpu(device, settings)
+        return Place(device, _target_of(device, settings) if on_gpu else _reference_target(settings))
+
+
+def compile_captured(
+    captured: "Captured", place: Place, settings: Settings, report: Report, dump: Dump
+) -> Callable[..., Any]:
+    """A captured graph as a callable with the arguments and results of the graph it was captured from, in which
+    numbers have their present values. Raises Unsupported (it has no device form), VerificationError, CompileError."""
+    target = place.target
     schedule = lower(captured.graph, settings.workers or target.sm_count, target, report, dump)
-    if not on_gpu:
+    if not target.is_gpu:
         compiled = _interpret(captured, schedule, report)
-        report.outcome, report.device = "reference", str(device)
-        dump.report(report)
-        return returned_numbers(gm, compiled)
-    program = emit(schedule, target, report, dump)
-    compiled = _load(captured, program, target, device, settings, report)
-    report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(device), 1
+        report.outcome, report.device = "reference", str(place.device)
+    else:
+        program = emit(schedule, target, report, dump)
+        compiled = _load(captured, program, target, place.device, settings, report)
+        report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(place.device), 1
     dump.report(report)
-    return returned_numbers(gm, compiled)
+    return compiled
 
 
 def compile_loop(
@@ -70,7 +79,7 @@ def compile_loop(
     call runs up to `steps` steps, fewer when all sequences finish, and returns how many; afterwards the fed tensors of
     `args` hold what the next step is fed.
 
-    Raises Unsupported (as compile_graph; no tokens among the inputs; a mask of unknown form), VerificationError,
+    Raises Unsupported (as compile_captured; no tokens among the inputs; a mask of unknown form), VerificationError,
     CompileError.
     """
     raise NotImplementedError
@@ -84,7 +93,7 @@ def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], repor
 
     with report.stage("capture"):
         if has_symbols(gm, example_inputs):
-            fixed, inputs, positions = fix_numbers(gm, example_inputs)
+            fixed, inputs, positions, _ = fix_numbers(gm, example_inputs)
             with without_symbols():
                 captured = capture(fixed, inputs)
             arguments = {storage: positions[k] for storage, k in captured.arguments.items()}

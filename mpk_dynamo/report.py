@@ -16,6 +16,9 @@ class Report:
     outcome: "kernel", "reference", or "fallback to ..."; "" while compiling or after an error.
     bytes, flops: of one call, as the tasks declare them. launches: kernel launches of one call.
     seconds: wall time per stage, in the order in which they ran.
+    programs: of a graph that was split, one report for each piece that became a program, whose numbers are summed up
+    here. left_out: of such a graph, why which nodes run outside of them -> how many. small: pieces that could be
+    programs and are not worth it.
     """
 
     outcome: str = ""
@@ -38,6 +41,9 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str = ""  # why a fallback happened
     origin: str = ""  # where in the model
+    programs: list["Report"] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    small: list[str] = field(default_factory=list)
     target: str = ""
     resources: str = ""  # registers, spills and shared memory, as the runtime reports them
     dump: str = ""
@@ -60,10 +66,13 @@ class Report:
         if self.reason:
             where = f" at {self.origin}" if self.origin else ""
             return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
+        split = f"in {len(self.programs)} pieces, " if self.programs else ""
+        outside = f"; {sum(self.left_out.values())} nodes outside: " if self.left_out else ""
+        outside += ", ".join(f"{why} ({n})" for why, n in self.left_out.items())
         return (
-            f"{self.outcome or 'lowered'}: {self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "
+            f"{self.outcome or 'lowered'}: {split}{self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "
             f"{self.tasks} tasks, {self.events} events, {self.flagged} flagged buffers, {self.workers} workers, "
-            f"{self.bytes / 1e6:.1f} MB per call, compiled in {self.total_seconds:.1f} s"
+            f"{self.bytes / 1e6:.1f} MB per call, compiled in {self.total_seconds:.1f} s{outside}"
         )
 
     def __str__(self) -> str:

@@ -1,8 +1,9 @@
 """Symbolic sizes and numbers. After a size or a Python number changed, Dynamo hands out graphs with symbols in place
-of it (automatic dynamic shapes). A kernel is for fixed sizes: it is compiled for the present ones, and guards say so,
-so that other sizes get a graph of their own. Guards are added only once a graph is captured: a fallback keeps its
-symbols. Numbers that only lead to numbers which the graph returns (a cache that counts its tokens in Python) are left
-alone: these outputs are computed by Python on each call, and one program serves every value."""
+of it (automatic dynamic shapes). A program is for fixed sizes: it is made for the present ones, and which program a
+call needs is looked up by the sizes that it comes with (by_size.py). Where they change with each call the symbols
+stay, and what depends on them is left out (split.py). Numbers that only lead to numbers which the graph returns (a
+cache that counts its tokens in Python) are left alone: these outputs are computed by Python on each call, and one
+program serves every value."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 from torch._guards import TracingContext, tracing
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+NUMBERS = (*_SYMBOLIC, bool, int, float)
 
 
 def has_symbols(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
@@ -24,9 +26,9 @@ def has_symbols(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> bool
 
 def fix_numbers(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any]
-) -> tuple[torch.fx.GraphModule, list[torch.Tensor], list[int]]:
+) -> tuple[torch.fx.GraphModule, list[torch.Tensor], list[int], dict[torch.fx.Node, torch.fx.Node]]:
     """The graph with each number among its inputs replaced by its present value, without adding a guard; the inputs
-    that are left, and their positions among the original ones."""
+    that are left, their positions among the original ones, and the node that each of its nodes is a copy of."""
     fixed = torch.fx.GraphModule(gm, torch.fx.Graph())
     values: dict[torch.fx.Node, torch.fx.Node] = {}
     graph, inputs, positions = fixed.graph, [], []
@@ -37,11 +39,12 @@ def fix_numbers(
             inputs.append(value)
             positions.append(position)
         else:
-            numbers[node] = value.node.hint if isinstance(value, _SYMBOLIC) else value
+            numbers[node] = hint(value)
 
     def argument(node: torch.fx.Node) -> Any:
         return numbers[node] if node in numbers else values[node]
 
+    stale = any(type(v) in (bool, int, float) for v in example_inputs)
     for node in gm.graph.nodes:
         if node in numbers:
             continue
@@ -51,8 +54,23 @@ def fix_numbers(
         values[node] = graph.node_copy(node, argument)
         if hasattr(node, "_dynamo_source"):
             values[node]._dynamo_source = node._dynamo_source
+        if stale and _symbols(values[node].meta.get("example_value")):
+            del values[node].meta["example_value"]  # it was for other numbers
     fixed.recompile()
-    return fixed, inputs, positions
+    return fixed, inputs, positions, {copy: node for node, copy in values.items()}
+
+
+def at_present(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    build: Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """What `build` makes of the graph with its numbers fixed, with the arguments and results of `gm`."""
+    if not has_symbols(gm, example_inputs):
+        return build(gm, example_inputs)
+    fixed, inputs, positions, _ = fix_numbers(gm, example_inputs)
+    built = build(fixed, inputs)
+    return returned_numbers(gm, lambda *args: built(*[args[k] for k in positions]))
 
 
 @contextlib.contextmanager
@@ -93,7 +111,7 @@ def _numeric_nodes(gm: torch.fx.GraphModule) -> set[torch.fx.Node]:
     found: set[torch.fx.Node] = set()
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, (*_SYMBOLIC, bool, int, float)) and (
+        if isinstance(value, NUMBERS) and (
             node.op == "placeholder"
             or (node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes))
         ):
@@ -111,20 +129,51 @@ def _only_returned(gm: torch.fx.GraphModule) -> set[torch.fx.Node]:
     return {n for n in numeric if n.op == "placeholder" and n not in used}
 
 
-def guard_symbols(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Guard that each symbol that the graph's inputs mention keeps its present value, as far as tensors depend on
-    it."""
+def size_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function of the graph's arguments: the sizes and numbers, among those that are symbolic, that tensors depend
+    on. Nothing is guarded."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     free = _only_returned(gm)
-    bound = [(n, v) for n, v in zip(placeholders, example_inputs, strict=True) if n not in free]
-    for value in (v for n, example in bound for v in (n.meta.get("example_value"), example)):
-        for symbol in _symbols(value):
-            if isinstance(symbol, torch.SymInt):
-                int(symbol)
-            elif isinstance(symbol, torch.SymFloat):
-                float(symbol)
-            else:
-                bool(symbol)
+    numbers = [k for k, (n, v) in enumerate(zip(placeholders, example_inputs)) if isinstance(v, NUMBERS) and n not in free]
+    tensors = [
+        k
+        for k, (n, v) in enumerate(zip(placeholders, example_inputs))
+        if isinstance(v, torch.Tensor) and _symbols(n.meta.get("example_value"))
+    ]
+
+    def key(args: Sequence[Any]) -> tuple[Any, ...]:
+        values = (hint(args[k]) for k in numbers)
+        return (*values, *((*args[k].shape, *args[k].stride()) for k in tensors))
+
+    return key
+
+
+def hint(number: Any) -> Any:
+    """The present value of a number that may be symbolic, without a guard."""
+    return number.node.hint if isinstance(number, _SYMBOLIC) else number
+
+
+def changes_per_call(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether a program for the present sizes would serve one call: the graph returns a tensor that is longer than one
+    it was given, as a cache that grows is, or computes tensors from a number that is no size of its inputs."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = {n: n.meta.get("example_value") for n in placeholders}
+    sizes = {x for v in values.values() if isinstance(v, torch.Tensor) for s in _symbols(v) for x in s.node.expr.free_symbols}
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    for result in output.all_input_nodes:
+        value = result.meta.get("example_value")
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt) and any(_is_more(size.node.expr, x) for x in sizes):
+                return True
+    free = _only_returned(gm)
+    return any(
+        isinstance(v, _SYMBOLIC) and n not in free and not v.node.expr.free_symbols <= sizes for n, v in values.items()
+    )
+
+
+def _is_more(size: Any, symbol: Any) -> bool:
+    more = size - symbol
+    return bool(more.is_Integer) and more != 0
 
 
 def _symbols(value: Any) -> list[Any]:

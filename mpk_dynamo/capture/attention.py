@@ -28,7 +28,7 @@ def attention(imp: Importer, call: Call) -> View:
     batch, heads, tokens, width = q.shape
     groups, keys = k.shape[1], k.shape[2]
     if tokens != 1:
-        raise call.refuse(f"{tokens} query tokens", "only decode steps, of one query token, are captured")
+        raise call.refuse(f"{tokens} query tokens", "only decode steps, of one query token, are captured", passing=True)
     if call["dropout_p"]:
         raise call.refuse(f"dropout_p={call['dropout_p']}", "call model.eval()")
     if v.shape != k.shape or k.shape[3] != width or k.shape[0] != batch or v.dtype is not q.dtype:

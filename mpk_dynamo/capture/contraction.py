@@ -10,10 +10,11 @@ where the model rounds each step of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..errors import Unsupported
 from ..ir import expr as E
 from ..ir.expr import Expr, op
 from ..ir.graph import Node, RowMap
@@ -67,13 +68,13 @@ def contraction(imp: Importer, call: Call, left: View, right: View) -> View:
     return out
 
 
-def refuse_large(products: dict[str, Product], nodes: Iterable[Node]) -> None:
-    """Raise Unsupported when a large product is left among the nodes."""
+def too_large(products: dict[str, Product], nodes: Iterable[Node]) -> Iterator[tuple[Call, Unsupported]]:
+    """The large products that are left among the nodes, and why they are refused."""
     for node in nodes:
         product = products.get(node.name)
         if product is not None and product.multiplications > LARGE:
             shapes = f"{list(product.left_shape)} x {list(product.right_shape)}"
-            raise product.call.refuse(
+            yield product.call, product.call.refuse(
                 f"a product of two computed tensors {shapes}, no part of a decode step's attention",
                 "load the model with attn_implementation='sdpa', where it has one",
             )

@@ -66,33 +66,21 @@ class Importer:
         self.callers: dict[str, int] = {}  # storage name -> position in `tensors`
         self.sources: dict[str, str] = {}
         self.notes: list[str] = []
-        self.calls: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.products: dict[str, contraction.Product] = {}  # by the buffer of the result
         self.softmaxes: dict[str, reduce.Softmax] = {}
 
     def run(self) -> Captured:
-        self._check_devices()
-        _drop_unused(self.traced.graph)
-        outputs: tuple[Output, ...] = ()
-        position = 0
-        for node in self.traced.graph.nodes:
-            if node.op == "placeholder":
-                self.env[node] = self._input(node, position)
-                position += 1
-            elif node.op == "get_attr":
-                self.env[node] = self._attribute(node)
-            elif node.op == "call_function":
-                self.env[node] = self._call(node)
-            elif node.op == "output":
-                outputs = self._outputs(node)
+        outputs = self.walk()
         self._mark_state()
-        nodes = _live(self.nodes, self.buffers, outputs)
-        contraction.refuse_large(self.products, nodes)
+        nodes = live(self.nodes, self.buffers, outputs)
+        for _, why in contraction.too_large(self.products, nodes):
+            raise why
         graph = Graph(tuple(nodes), self.buffers, outputs).replace("capture", nodes=tuple(nodes))
         used = {b.storage for b in graph.buffers.values()}
         positions = {name: k for name, k in self.callers.items() if name in used}
-        total = sum(self.calls.values())
-        counts = ", ".join(f"{n} {op}" for op, n in self.calls.most_common())
+        total = sum(self.counts.values())
+        counts = ", ".join(f"{n} {op}" for op, n in self.counts.most_common())
         return Captured(
             graph=graph,
             arguments={name: k for name, k in positions.items() if k < self.inputs},
@@ -101,6 +89,24 @@ class Importer:
             nodes_total=total,
             report=(f"{total} ATen calls became {len(nodes)} nodes: {counts}", *dict.fromkeys(self.notes)),
         )
+
+    def walk(self) -> tuple[Output, ...]:
+        """Import all nodes; the graph's outputs."""
+        self._check_devices()
+        _drop_unused(self.traced.graph)
+        outputs: tuple[Output, ...] = ()
+        position = 0
+        for node in self.traced.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self.input(node, position)
+                position += 1
+            elif node.op == "get_attr":
+                self.env[node] = self._attribute(node)
+            elif node.op == "call_function":
+                self.env[node] = self.call(node)
+            elif node.op == "output":
+                outputs = self._outputs(node)
+        return outputs
 
     # --- what lowerings use ---
 
@@ -189,15 +195,16 @@ class Importer:
 
     # --- FX nodes ---
 
-    def _input(self, node: fx.Node, position: int) -> View | None:
+    def input(self, node: fx.Node, position: int) -> View | None:
+        """What stands for an input of the traced graph; None for one that is not used."""
         place, fake = node.meta["placeholder"], node.meta["val"]
         if fake.dtype not in DTYPES:
             if not node.users:
                 return None
             raise Unsupported(f"input {place.name} has dtype {fake.dtype}", origin=place.source)
-        return self._bound(place, fake, position)
+        return self.bound(place, fake, position)
 
-    def _bound(self, place: Placeholder, fake: torch.Tensor, position: int) -> View:
+    def bound(self, place: Placeholder, fake: torch.Tensor, position: int) -> View:
         """The view of a tensor that is bound at launch."""
         shape, name = tuple(fake.shape), self.fresh(place.name)
         kind = BufferKind.PARAM if place.static else BufferKind.INPUT
@@ -217,9 +224,10 @@ class Importer:
             return whole(Memory(node.name, dtype, shape, body=E.const(value.item(), dtype)))
         place = Placeholder(f"{module_path(node)}.{node.name}".strip("."), source_line(node), static=True)
         self.tensors.append(value)
-        return self._bound(place, value, len(self.tensors) - 1)
+        return self.bound(place, value, len(self.tensors) - 1)
 
-    def _call(self, node: fx.Node) -> Any:
+    def call(self, node: fx.Node) -> Any:
+        """What a call of the traced graph gives. Raises Unsupported."""
         if node.target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]
         if getattr(node.target, "__name__", "") in _SKIPPED:
@@ -227,7 +235,7 @@ class Importer:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise refusal(node, "not an ATen operator")
         call = bind(node, self._resolve)
-        self.calls[call.op] += 1
+        self.counts[call.op] += 1
         if call.op in _NO_EFFECT:
             return None
         lowering = LOWERINGS.get(call.op)
@@ -309,7 +317,7 @@ def _drop_unused(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _live(nodes: list[Node], buffers: dict[str, Buffer], outputs: tuple[Output, ...]) -> list[Node]:
+def live(nodes: list[Node], buffers: dict[str, Buffer], outputs: tuple[Output, ...]) -> list[Node]:
     """Nodes that an output or a write to the caller's memory depends on, in order."""
     needed = {o.buffer for o in outputs}
     kept: list[Node] = []

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..errors import Unsupported
 from ..ir.types import DType
-from .retrace import module_path, source_line
+from .retrace import module_path, place_of, source_line
 from .values import DTYPES, View
 
 if TYPE_CHECKING:
@@ -83,14 +83,13 @@ class Call:
     def origin(self) -> str:
         return module_path(self.node) or source_line(self.node)
 
-    def refuse(self, why: str, remedy: str = "") -> Unsupported:
-        return refusal(self.node, why, remedy)
+    def refuse(self, why: str, remedy: str = "", *, passing: bool = False) -> Unsupported:
+        return refusal(self.node, why, remedy, passing=passing)
 
 
-def refusal(node: fx.Node, why: str, remedy: str = "") -> Unsupported:
+def refusal(node: fx.Node, why: str, remedy: str = "", *, passing: bool = False) -> Unsupported:
     """The error that says which operator cannot be captured, where in the model, and why."""
-    place = " ".join(filter(None, (module_path(node), source_line(node) and f"({source_line(node)})")))
-    return Unsupported(f"{node.target}: {why}", origin=place or node.name, remedy=remedy)
+    return Unsupported(f"{node.target}: {why}", origin=place_of(node) or node.name, remedy=remedy, passing=passing)
 
 
 def bind(node: fx.Node, resolve: Callable[[Any], Any]) -> Call:

@@ -43,19 +43,25 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Traced:
-    """A pre-dispatch ATen graph, and the tensors made from numbers inside the model that its get_attr nodes name."""
+    """A pre-dispatch ATen graph, and the tensors made from numbers inside the model that its get_attr nodes name.
+    results: what each node of Dynamo's graph gave, fake tensors. refused: nodes of it that could not be run, in a
+    trace that goes on behind them."""
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]
+    results: dict[fx.Node, Any]
+    refused: dict[fx.Node, Unsupported]
 
 
-def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Traced:
+def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any], *, go_on: bool = False) -> Traced:
     """Pre-dispatch ATen graph of `gm`: in-place operators kept, `meta["val"]`, `nn_module_stack` and `stack_trace`
-    on each node, and `meta["placeholder"]`, a Placeholder, on each input.
+    on each node, `meta["dynamo"]`, the node of `gm` that it came from, and `meta["placeholder"]`, a Placeholder, on
+    each input.
 
     Tensors that `gm` holds as attributes become further inputs, after the example inputs, in the order of
     `held_tensors(gm)`. example_inputs: real or fake tensors. Raises Unsupported on symbolic or non-tensor inputs,
-    tensor subclasses, and autocast regions.
+    tensor subclasses, and autocast regions. A node that cannot be run raises it too, or with `go_on` stands in the
+    result as one call of its own target.
     """
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     described = [describe(n, e) for n, e in zip(inputs, example_inputs, strict=True)]
@@ -68,11 +74,10 @@ def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Traced:
     mode = _fake_mode(example_inputs)
     fakes = [_to_fake(mode, e) for e in (*example_inputs, *held.values())]
 
-    _check_calls(gm)
     recorder = _Recorder()
     for place, fake in zip(described, fakes, strict=True):
         recorder.input(fake).meta["placeholder"] = place
-    interpreter = _Interpreter(gm, recorder, dict(zip(held, fakes[len(inputs) :])))
+    interpreter = _Interpreter(gm, recorder, dict(zip(held, fakes[len(inputs) :])), mode if go_on else None)
     with torch.no_grad(), mode, enable_python_dispatcher(), recorder:
         result = interpreter.run(*fakes[: len(inputs)])
     return recorder.finish(result)
@@ -111,6 +116,12 @@ def source_line(node: fx.Node) -> str:
     return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
 
 
+def place_of(node: fx.Node) -> str:
+    """Module path and source line of a node."""
+    line = source_line(node)
+    return " ".join(filter(None, (module_path(node), line and f"({line})")))
+
+
 _INTERNAL = frozenset(("L", "G", "self", "kwargs", "_modules", "_parameters", "_buffers", "__dict__"))
 
 
@@ -136,6 +147,8 @@ class _Recorder(ProxyTorchDispatchMode):
         self.first_of: dict[int, fx.Node] = {}  # by storage
         self.alive: list[Any] = []  # keeps the identities in `made_by` unique
         self.constants: dict[str, torch.Tensor] = {}
+        self.results: dict[fx.Node, Any] = {}
+        self.refused: dict[fx.Node, Unsupported] = {}
 
     def input(self, fake: torch.Tensor) -> fx.Node:
         return self._track(self.graph.placeholder(f"arg{len(self.alive)}"), fake)
@@ -173,16 +186,32 @@ class _Recorder(ProxyTorchDispatchMode):
         node = self.graph.create_node(
             "call_function", func, node_args, node_kwargs, name=func._schema.name.split("::")[1]
         )
-        if self.current is not None:
-            node.meta.update({k: self.current.meta[k] for k in _PLACE if k in self.current.meta})
+        return self._made(node, out)
+
+    def _made(self, node: fx.Node, out: Any) -> Any:
+        self._place(node)
         self._track(node, out)
         if isinstance(out, (tuple, list)):
             for k, part in enumerate(out):
                 if isinstance(part, torch.Tensor):
                     item = self.graph.call_function(operator.getitem, (node, k))
-                    item.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+                    self._place(item)
                     self._track(item, part)
         return out
+
+    def _place(self, node: fx.Node) -> None:
+        if self.current is not None:
+            node.meta.update({k: self.current.meta[k] for k in _PLACE if k in self.current.meta})
+            node.meta["dynamo"] = self.current
+
+    def opaque(self, why: Unsupported, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+        """Write the current node of Dynamo's graph down as it stands; its result is what Dynamo says of it."""
+        assert self.current is not None
+        self.refused[self.current] = why
+        result = _stand_in(self.current, why, mode)
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        node = self.graph.create_node("call_function", _left_out, tuple(map(self._node_of, tensors)))
+        return self._made(node, result)
 
     def _argument(self, func: Any, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -197,14 +226,12 @@ class _Recorder(ProxyTorchDispatchMode):
         name = f"constant{len(self.constants)}"
         self.constants[name] = tensor
         node = self.graph.create_node("get_attr", name)
-        if self.current is not None:
-            node.meta.update({k: self.current.meta[k] for k in _PLACE if k in self.current.meta})
+        self._place(node)
         return self._track(node, tensor)
 
     def _refused(self, why: str) -> Unsupported:
-        node = self.current
-        place = (module_path(node), source_line(node)) if node is not None else ()
-        return Unsupported(why, origin=" ".join(filter(None, place)), remedy=STATIC_ONLY)
+        origin = place_of(self.current) if self.current is not None else ""
+        return Unsupported(why, origin=origin, remedy=STATIC_ONLY)
 
     def finish(self, result: Any) -> Traced:
         """The graph, ended with its output."""
@@ -214,7 +241,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
         self.current = None
         self.graph.output(torch.utils._pytree.tree_map(node_of, result))
-        return Traced(self.graph, self.constants)
+        return Traced(self.graph, self.constants, self.results, self.refused)
 
 
 _PLACE = ("nn_module_stack", "stack_trace")
@@ -222,15 +249,27 @@ _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gu
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs `gm` with its tensor attributes replaced by fakes, telling the recorder where it is."""
+    """Runs `gm` with its tensor attributes replaced by fakes, telling the recorder where it is. `mode`: of the fake
+    tensors that stand in for results of nodes that cannot be run; None to raise there."""
 
-    def __init__(self, gm: fx.GraphModule, recorder: _Recorder, held: dict[str, Any]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, recorder: _Recorder, held: dict[str, Any], mode: FakeTensorMode | None
+    ) -> None:
         super().__init__(gm)
-        self.recorder, self.held = recorder, held
+        self.recorder, self.held, self.mode = recorder, held, mode
 
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.current = n
-        return super().run_node(n)
+        try:
+            if isinstance(n.target, torch._ops.HigherOrderOperator):
+                raise Unsupported(f"the higher-order operator {n.target}", origin=place_of(n))
+            result = super().run_node(n)
+        except Unsupported as why:
+            if self.mode is None:
+                raise
+            result = self.recorder.opaque(why, *self.fetch_args_kwargs_from_env(n), self.mode)
+        self.recorder.results[n] = result
+        return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.held[target] if target in self.held else super().get_attr(target, args, kwargs)
@@ -241,11 +280,31 @@ class _Interpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _check_calls(gm: fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            place = " ".join(filter(None, (module_path(node), source_line(node))))
-            raise Unsupported(f"the higher-order operator {node.target}", origin=place)
+def _left_out(*_tensors: Any) -> Any:
+    """Target of a node that could not be traced; never called."""
+    raise AssertionError
+
+
+def _stand_in(node: fx.Node, why: Unsupported, mode: FakeTensorMode) -> Any:
+    """Fake tensors of the present sizes of what Dynamo expects a node to give. Raises `why` when that is unknown."""
+
+    def size(x: Any) -> int:
+        if isinstance(x, int):
+            return x
+        if getattr(x.node, "hint", None) is None:
+            raise why
+        return x.node.hint
+
+    def fake(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            with mode:
+                shape, strides = tuple(map(size, x.shape)), tuple(map(size, x.stride()))
+                return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+        return size(x) if isinstance(x, torch.SymInt) else x
+
+    if "example_value" not in node.meta:
+        raise why
+    return torch.utils._pytree.tree_map(fake, node.meta["example_value"])
 
 
 def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:

@@ -18,20 +18,24 @@ from ..errors import Unsupported
 from ..pipeline import build, capture_graph, emit, lower
 from ..report import Report
 from ..settings import Settings
+from ..split import split
 
 if TYPE_CHECKING:
+    from ..capture import Captured
     from ..ir.program import Program
     from ..targets import Target
 
 
 @dataclass
 class GraphExplanation:
-    """One graph of the call. missing: operators that capture has no lowering for -> how often they occur. bodies: task
-    body -> what it takes when it stands alone, and where in the model it is first used."""
+    """One graph of the call, or one piece of a graph that was split. missing: operators that capture has no lowering
+    for -> how often they occur. bodies: task body -> what it takes when it stands alone, and where in the model it is
+    first used. pieces: of a graph that was split, those that become programs."""
 
     report: Report
     bodies: dict[str, str] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
+    pieces: "list[GraphExplanation]" = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Explanation:
             lines.append(f"{len(self.graphs)} graphs: the model breaks (TORCH_LOGS=graph_breaks says where)")
         for number, graph in enumerate(self.graphs, 1):
             lines += [f"graph {number} of {len(self.graphs)}", *_describe(graph, self.target)]
+            for k, piece in enumerate(graph.pieces, 1):
+                lines += [f"graph {number}, program {k} of {len(graph.pieces)}", *_describe(piece, self.target)]
         return "\n".join(lines)
 
 
@@ -77,19 +83,47 @@ def explain(
         try:
             captured = capture_graph(gm, example_inputs, found.report, dump)
         except Unsupported as why:
-            found.report.reason, found.report.origin = why.message, why.origin
-            found.missing = _missing(gm, example_inputs)
-            return gm.forward
+            _explain_split(gm, example_inputs, found, dump, why, explain_program)
+        else:
+            explain_program(captured, found, dump)
+        return gm.forward
+
+    def explain_program(captured: "Captured", found: GraphExplanation, dump: Dump) -> None:
         schedule = lower(captured.graph, workers or chosen.sm_count, chosen, found.report, dump)
         if chosen.is_gpu:
             program = emit(schedule, chosen, found.report, dump)
             build(program, chosen, settings, found.report)
             found.bodies = _resources(program, chosen, settings)
-        return gm.forward
 
     with torch.no_grad():
         torch.compile(model, backend=inspect, dynamic=False)(*args, **kwargs)
     return Explanation(tuple(graphs), chosen)
+
+
+def _explain_split(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    found: GraphExplanation,
+    dump: Dump,
+    why: Unsupported,
+    explain_program: "Callable[[Captured, GraphExplanation, Dump], None]",
+) -> None:
+    """Pieces of a graph that is refused for `why`, or why there are none."""
+    report = found.report
+    try:
+        if why.passing:
+            raise why
+        made = split(gm, example_inputs, report, dump, symbols=False)
+    except Unsupported as reason:
+        report.reason, report.origin = reason.message, reason.origin
+        found.missing = _missing(gm, example_inputs)
+        return
+    for piece in made.captured:
+        assert piece.captured is not None
+        found.pieces.append(GraphExplanation(piece.report))
+        explain_program(piece.captured, found.pieces[-1], piece.dump)
+    report.left_out, report.small = made.left_out(), made.small
+    report.outcome = f"{len(made.captured)} of {len(made.pieces)} pieces are programs"
 
 
 def _missing(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, int]:
@@ -134,6 +168,10 @@ def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
         rows += [("not captured", r.reason), ("place", r.origin or "unknown")]
         if graph.missing:
             rows.append(("no lowering for", _counts(graph.missing)))
+    elif graph.pieces:
+        rows.append(("split", r.outcome))
+        rows += [("outside", f"{n} nodes: {why}") for why, n in r.left_out.items()]
+        rows += [("not worth it", line) for line in r.small]
     else:
         rows += [
             ("captured", f"all, as {r.captured_nodes} nodes"),
