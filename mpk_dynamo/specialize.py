@@ -134,12 +134,10 @@ def size_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     on. Nothing is guarded."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     free = _only_returned(gm)
-    numbers = [k for k, (n, v) in enumerate(zip(placeholders, example_inputs)) if isinstance(v, NUMBERS) and n not in free]
-    tensors = [
-        k
-        for k, (n, v) in enumerate(zip(placeholders, example_inputs))
-        if isinstance(v, torch.Tensor) and _symbols(n.meta.get("example_value"))
-    ]
+    inputs = list(enumerate(zip(placeholders, example_inputs, strict=True)))
+    numbers = [k for k, (n, v) in inputs if isinstance(v, NUMBERS) and n not in free]
+    symbolic = {k for k, (n, _) in inputs if _symbols(n.meta.get("example_value"))}
+    tensors = [k for k, (_, v) in inputs if isinstance(v, torch.Tensor) and k in symbolic]
 
     def key(args: Sequence[Any]) -> tuple[Any, ...]:
         values = (hint(args[k]) for k in numbers)
@@ -158,7 +156,8 @@ def changes_per_call(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) ->
     it was given, as a cache that grows is, or computes tensors from a number that is no size of its inputs."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = {n: n.meta.get("example_value") for n in placeholders}
-    sizes = {x for v in values.values() if isinstance(v, torch.Tensor) for s in _symbols(v) for x in s.node.expr.free_symbols}
+    tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
+    sizes = {x for v in tensors for s in _symbols(v) for x in s.node.expr.free_symbols}
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     for result in output.all_input_nodes:
         value = result.meta.get("example_value")

@@ -80,6 +80,8 @@ def split(gm: fx.GraphModule, example_inputs: Sequence[Any], report: Report, dum
 
     with report.stage("split"):
         found = look_at(gm, example_inputs) if symbols else survey_of(gm, example_inputs)
+    if passing := next((why for why in found.refused.values() if why.passing), None):
+        raise passing
     small: set[fx.Node] = set()
     lines: list[str] = []
     for _ in range(ROUNDS):

@@ -68,13 +68,16 @@ class Partition:
         """Nodes that are made again wherever they are needed."""
         free: set[fx.Node] = set()
         for n in self.nodes:
-            several = (a for a in n.all_input_nodes if not self._is_tensor(a) and not self._is_number(a) and a.op != "get_attr")
-            if all(a in free for a in several) and n not in self.found.refused:
-                if n in self.found.views or (self._is_number(n) and all(map(self._is_number, n.all_input_nodes))):
-                    free.add(n)
-                elif self._is_number(n) and not self.found.writes.get(n):
-                    free.add(n)  # a size of a tensor
+            if n in self.found.refused or (n not in self.found.views and not self._is_number(n)):
+                continue
+            tuples = (a for a in n.all_input_nodes if not self._passes(a) and a.op != "get_attr")
+            if not self.found.writes.get(n) and all(a in free for a in tuples):
+                free.add(n)
         return free
+
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node's value can go from piece to piece."""
+        return self._is_tensor(node) or self._is_number(node)
 
     def bases(self, node: fx.Node) -> list[fx.Node]:
         """What a node reads, with views, numbers and tensors that were written in place replaced by what they are

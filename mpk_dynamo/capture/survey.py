@@ -24,12 +24,15 @@ Storages = frozenset[int]
 
 @dataclass
 class Survey:
-    """By node of Dynamo's graph. values: what it gives, with fake tensors of the sizes that were looked at. refused: why
-    it cannot be captured. views: nodes whose results only show memory that
-    exists already, and that can be captured. same: nodes that hand on an argument that they wrote to, and the argument.
-    reads, writes: the storages whose elements it may read, and change. effects: nodes that act by more than their
-    results, such as random numbers. work: keys of the kernels that a compiler which fuses around matrix products,
-    attention and reductions would need for it. bytes: of weights and caches that it streams."""
+    """By node of Dynamo's graph.
+
+    values: what it gives, with fake tensors of the sizes that were looked at. refused: why it cannot be captured.
+    views: nodes whose results only show memory that exists already, and that can be captured. same: nodes that hand on
+    an argument that they wrote to, and the argument. reads, writes: the storages whose elements it may read, and
+    change. effects: nodes that act by more than their results, such as random numbers. work: keys of the kernels that
+    a compiler which fuses around matrix products, attention and reductions would need for it. bytes: of weights and
+    caches that it streams.
+    """
 
     values: dict[fx.Node, Any]
     refused: dict[fx.Node, Unsupported]
@@ -163,7 +166,7 @@ def _find_accesses(traced: Traced, found: Survey) -> None:
         if shown and shown <= given and not writes:
             found.views.add(place)
         if writes and isinstance(result, torch.Tensor):
-            found.same.update({place: a for a in place.all_input_nodes if traced.results.get(a) is result})
+            found.same.update((place, a) for a in place.all_input_nodes if traced.results.get(a) is result)
         if any(_acts(n) for n in made):
             found.effects.add(place)
 
