@@ -165,6 +165,8 @@ def header() -> str:
     for name in ("ARENA_REF", "FLAGGED_REF", "NO_REF"):
         lines.append(f"constexpr u64 {name} = {globals()[name]}ull;")
     lines += [f"constexpr u32 TABLE_{name.upper()} = {i};" for i, (name, _) in enumerate(TABLES)]
+    # words of a task, for the warp that reads one a word a lane
+    lines += [f"constexpr u32 TASK_WORD_{f.upper()} = {TASK.dtype.fields[f][1] // 4};" for f in TASK.dtype.names or ()]
     for s in STRUCTS:
         body = " ".join(f"{t} {f}{f'[{n}]' if n > 1 else ''};" for f, t, n in s.fields)
         lines.append(f"struct {s.name} {{ {body} }};")

@@ -22,7 +22,6 @@ template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
   alignas(128) char slot[SLOTS][SLOT_BYTES];
   u64 full[SLOTS], empty[SLOTS];
-  u64 idle;              // consumer warps that have come to the wait for their next task
   volatile u32 waiting;  // the consumers have nothing to do but wait for an event
 
   MPK_DEVICE void init() {
@@ -34,7 +33,6 @@ struct Ring {
 #endif
       ptx::mbarrier_init(&empty[i], kConsumerWarps);
     }
-    ptx::mbarrier_init(&idle, kConsumerWarps);
     waiting = 0;
   }
 };
