@@ -53,5 +53,9 @@ class LaunchError(MpkError):
     """A CUDA driver call failed, or the kernel cannot be co-resident on this device."""
 
 
+class ProfileError(MpkError):
+    """Profile records that do not describe one whole launch."""
+
+
 class DeviceFault(MpkError):
     """A bounded wait on the device ran out. The message names task, event, needed and seen counts, and the module."""
