@@ -1,75 +1,97 @@
-"""Predict when each task of a schedule runs, to compare schedules without a device."""
+"""Predict when each task of a schedule goes through its phases, without a device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from math import prod
 
+import numpy as np
+
+from ...ir.graph import Linear
 from ...ir.schedule import Schedule
-from ..tasks.flagged_edges import flagged_edges
+from ...ir.tasks import Task, TaskGraph
+from ...targets.machine import Machine
+from .timeline import COMPUTED, INPUTS, READY, SIGNALLED, STREAMED, WAITS, Timeline, edges_of
 
 
-@dataclass(frozen=True)
-class Machine:
-    """bandwidth: device-memory bytes per second, shared equally by all workers. edge: seconds from a producer's last
-    store until a waiter on another worker starts; poll: the same for a reader of flagged data. task: seconds a task
-    takes beyond its memory traffic."""
+def simulate(schedule: Schedule, machine: Machine) -> Timeline:
+    """Run the queues on a model of the kernel.
 
-    bandwidth: float
-    edge: float
-    poll: float
-    task: float
+    A task is ready when its worker is free and its events have come; it has its inputs when the flagged data is there.
+    Meanwhile the worker's loader runs ahead until its ring is full. A linear then takes its weights as fast as its body
+    can, or as they arrive at the worker's share of the bandwidth: an equal one, but not quite even from task to task,
+    and the slowest of many is who is waited for (a fixed sequence of random numbers, so results repeat). Every other
+    task takes a time of its kind, an attention as well the time of its keys and values.
 
-
-H200 = Machine(bandwidth=4.65e12, edge=0.88e-6, poll=0.44e-6, task=0.2e-6)
-"""Bandwidth and edge as measured on one H200 with 132 workers streaming weights. An all-to-all exchange took 0.44 us
-less by flagged data than by a counter. The cost of a task is an estimate."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """start[t], finish[t]: seconds since the launch."""
-
-    start: tuple[float, ...]
-    finish: tuple[float, ...]
-
-    @property
-    def makespan(self) -> float:
-        """Seconds until the last task is done."""
-        return max(self.finish, default=0.0)
-
-
-def simulate(s: Schedule, machine: Machine = H200) -> Timeline:
-    """Run the queues on a model in which a task starts when its worker is free, its events are complete and the
-    flagged data it reads is there, and then moves its bytes at the worker's share of the bandwidth.
-
-    Workers do not lend each other bandwidth, and no load begins before its task: pessimistic for unbalanced waves,
-    where prefetch fills the gaps; optimistic about arithmetic, which costs nothing.
+    Not in the model: workers lend each other no bandwidth; polls and keys do not slow the stream.
     """
-    tasks = s.tasks.tasks
-    edges = [(e.producers, e.waiters, machine.edge) for e in s.tasks.events]
-    edges += [(writers, readers, machine.poll) for writers, readers in flagged_edges(s.tasks)]
-    waits: list[list[int]] = [[] for _ in tasks]
-    signals: list[list[int]] = [[] for _ in tasks]
-    for e, (producers, waiters, _) in enumerate(edges):
-        for t in producers:
-            signals[t].append(e)
-        for t in waiters:
-            waits[t].append(e)
-    worker_of = {task: worker for worker, queue in enumerate(s.queues) for task in queue}
-    rate = machine.bandwidth / max(s.workers, 1)
-    free = [0.0] * s.workers
-    # when the edge's producers on each worker were last done
-    done: list[dict[int, float]] = [{} for _ in edges]
-    start, finish = [0.0] * len(tasks), [0.0] * len(tasks)
-    for task in tasks:
+    tg, edges = schedule.tasks, edges_of(schedule)
+    into: list[list[int]] = [[] for _ in tg.tasks]
+    out: list[list[int]] = [[] for _ in tg.tasks]
+    for i, edge in enumerate(edges):
+        for t in edge.producers:
+            out[t].append(i)
+        for t in edge.waiters:
+            into[t].append(i)
+    signals = {t for event in tg.events for t in event.producers}
+    came: list[dict[int, float]] = [{} for _ in edges]  # worker -> when its producers of the edge were last done
+    workers = schedule.workers
+    rate = machine.bandwidth / max(workers, 1)
+    luck = np.random.default_rng(0).standard_normal(len(tg.tasks)).clip(-3.0, 3.0)
+    free, ahead, since = [0.0] * workers, [0.0] * workers, [0.0] * workers  # ahead: bytes in the ring at `since`
+    worker_of = {task: worker for worker, queue in enumerate(schedule.queues) for task in queue}
+    clock = np.zeros((len(tg.tasks), SIGNALLED + 1))
+    for task in tg.tasks:
         worker = worker_of[task.id]
-        begin = free[worker]
-        for e in waits[task.id]:
-            delay = edges[e][2]
-            for producer, when in done[e].items():
-                begin = max(begin, when + (delay if producer != worker else 0.0))
-        start[task.id] = begin
-        end = finish[task.id] = free[worker] = begin + machine.task + task.bytes / rate
-        for e in signals[task.id]:
-            done[e][worker] = end
-    return Timeline(tuple(start), tuple(finish))
+        ready = free[worker] + machine.task
+        polled = 0.0
+        for i in into[task.id]:
+            event = edges[i].mark == READY
+            delay = machine.event if event else machine.poll
+            for other, when in came[i].items():
+                if other != worker:
+                    when += delay
+                if event:
+                    ready = max(ready, when)
+                else:
+                    polled = max(polled, when)
+        kind = _kind(tg, task)
+        inputs = max(ready, polled) + (machine.prologue if kind == "linear" else 0.0)
+        if kind in ("attention", "attention_combine"):
+            inputs += machine.query
+        streamed = inputs
+        if kind == "linear":
+            size = _weight_bytes(tg, task)
+            held = min(ahead[worker] + min(rate, machine.waiting) * (inputs - since[worker]), machine.ring)
+            tokens = tg.graph.nodes[task.node].t.size  # type: ignore[union-attr]
+            body = size / (machine.fma if tokens == 1 else machine.mma)
+            arrive = max(size - held, 0.0) / rate
+            streamed = inputs + max(body, arrive + luck[task.id] * (machine.spread * arrive) ** 0.5)
+            ahead[worker] = min(max(held + rate * (streamed - inputs) - size, 0.0), machine.ring)
+            since[worker] = streamed
+            computed = streamed + machine.finish
+        elif kind == "attention":
+            streamed = inputs
+            computed = inputs + machine.attend + task.bytes / machine.gather
+        else:
+            computed = inputs + machine.small
+        done = computed + (machine.signal if task.id in signals else 0.0)
+        clock[task.id, [WAITS, READY, INPUTS, STREAMED, COMPUTED, SIGNALLED]] = (
+            free[worker], ready, inputs, streamed, computed, done,
+        )  # fmt: skip
+        free[worker] = done
+        for i in out[task.id]:
+            came[i][worker] = max(came[i].get(worker, 0.0), computed)
+    return Timeline(schedule, clock, np.zeros(workers), predicted=True)
+
+
+def _kind(tg: TaskGraph, task: Task) -> str:
+    return "linear" if isinstance(tg.graph.nodes[task.node], Linear) else task.op
+
+
+def _weight_bytes(tg: TaskGraph, task: Task) -> int:
+    """What the loader brings for a task of a Linear."""
+    node = tg.graph.nodes[task.node]
+    assert isinstance(node, Linear)
+    weights = {name for part in node.parts for name in part.weights}
+    parts = [a for a in task.reads if a.buffer in weights]
+    return sum(tg.buffers[a.buffer].dtype.itemsize * prod(stop - start for start, stop in a.box) for a in parts)
