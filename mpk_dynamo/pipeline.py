@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from .ir.program import Program
     from .ir.schedule import Schedule
     from .loop import Sampling
+    from .passes.schedule.timeline import Timeline
     from .targets import Target
+
+    Observe = Callable[[Timeline], None]
+
+_log = logging.getLogger("mpk_dynamo")
 
 REFERENCE_WORKERS = 8
 """Simulated workers of the reference executor: enough for every kind of event, few enough to be quick."""
@@ -46,10 +52,18 @@ class Place:
 
 
 def compile_captured(
-    captured: "Captured", place: Place, settings: Settings, report: Report, dump: Dump
+    captured: "Captured",
+    place: Place,
+    settings: Settings,
+    report: Report,
+    dump: Dump,
+    observe: "Observe | None" = None,
+    recorded: int = 5,
 ) -> Callable[..., Any]:
     """A captured graph as a callable with the arguments and results of the graph it was captured from, in which
-    numbers have their present values. Raises Unsupported (it has no device form), VerificationError, CompileError."""
+    numbers have their present values. `observe` is given a timeline of the kernel, once: the median of `recorded`
+    calls, the first after those that the settings leave out. Without it the setting `profile` says where one is
+    written. Raises Unsupported (it has no device form), VerificationError, CompileError."""
     target = place.target
     schedule = lower(captured.graph, settings.workers or target.sm_count, target, report, dump)
     if not target.is_gpu:
@@ -57,7 +71,7 @@ def compile_captured(
         report.outcome, report.device = "reference", str(place.device)
     else:
         program = emit(schedule, target, report, dump)
-        compiled = _load(captured, program, target, place.device, settings, report)
+        compiled = _load(captured, program, target, place.device, settings, report, observe, recorded)
         report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(place.device), 1
     dump.report(report)
     return compiled
@@ -177,6 +191,8 @@ def _load(
     device: torch.device,
     settings: Settings,
     report: Report,
+    observe: "Observe | None",
+    recorded: int,
 ) -> Callable[..., Any]:
     from .runtime import DeviceCallable, Executable
 
@@ -191,7 +207,30 @@ def _load(
             flight=settings.flight,
             flight_waiting=settings.flight_waiting,
         )
-    return DeviceCallable(executable, program.schedule.tasks.graph, captured.arguments, captured.constants)
+    made = DeviceCallable(executable, program.schedule.tasks.graph, captured.arguments, captured.constants)
+    if not settings.profile and observe is None:
+        return made
+    from .runtime import ProfiledCallable
+
+    write = observe or _profile_writer(target, settings, report)
+    return ProfiledCallable(made, settings.profile_call, recorded, write)
+
+
+def _profile_writer(target: "Target", settings: Settings, report: Report) -> "Observe":
+    """What writes a kernel's timeline, beside what was predicted, to the folder of the settings."""
+    from .passes.schedule.simulate import simulate
+    from .profiler import Profile, write_profile
+    from .targets import machine_of
+
+    def write(timeline: "Timeline") -> None:
+        machine = machine_of(target)
+        predicted = simulate(timeline.schedule, machine)
+        title = f"{report.graph_nodes} nodes on {target.name}"
+        source = f"what a stream reaches on {target.name}"
+        path = write_profile(settings.profile, Profile(timeline, title, machine.bandwidth, source, predicted))
+        _log.info("profile written to %s", path)
+
+    return write
 
 
 def _describe(report: Report, graph: "Graph", schedule: "Schedule") -> None:

@@ -42,6 +42,8 @@ class Settings:
     target: str = _option("", "build for this target, e.g. sm_90a, instead of the present GPU")
     flight: int = _option(4, "ring slots that a worker's loader keeps in flight", minimum=1)
     flight_waiting: int = _option(2, "the same while its worker waits for an event", minimum=1)
+    profile: str = _option("", "folder that receives a timeline of each kernel: trace, report, figures")
+    profile_call: int = _option(10, "the first call of a kernel that is recorded for it, of five in a row", minimum=1)
     timeout_s: float = _option(10.0, "bound of every wait on the device, in seconds", minimum=0.001)
 
     @staticmethod

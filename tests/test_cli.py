@@ -129,3 +129,28 @@ def test_gate_refuses_wrong_logits_and_nan():
     assert accuracy(reference, one_step).excess(eager) != ""
     assert "greatest" in accuracy(reference, one_token).excess(eager)
     assert set(SHAPES) >= set(PARAMETERS)
+
+
+def test_profile_without_a_gpu_predicts_and_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    trace, figures = tmp_path / "t.json", tmp_path / "f.json"
+    command = ["profile", "--predict", "--model", "smollm2-135m", "--layers", "2", "--prompt", "16"]
+    assert main([*command, "--target", "h200", "--out", str(trace), "--json", str(figures)]) == 0
+    printed = capsys.readouterr()
+    assert "PREDICTED for h200" in printed.err and "us predicted" in printed.out
+    assert "layers.*.mlp.down_proj" in printed.out and "critical path" in printed.out
+    assert json.loads(figures.read_text())["times"] == "predicted"
+    names = {e["name"] for e in json.loads(trace.read_text())["traceEvents"]}
+    assert {"layers.1.mlp.down_proj[17]", "layers.0.self_attn.q_proj+k_proj+v_proj[3]", "stream"} <= names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "at least one"),
+        (["--max-cache", "100"], "too small"),
+        (["--target", "h2000"], "did you mean 'h200'"),
+    ],
+)
+def test_mistakes_of_profile(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["profile", "--predict", "--model", "smollm2-135m", "--layers", "1", *words]) == 2
+    assert message in capsys.readouterr().err

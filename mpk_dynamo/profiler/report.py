@@ -57,14 +57,15 @@ class Profile:
         )
         heads = ("operator", "times", "tasks", "MB", "period us", "TB/s", "of stream", *PHASES)
         heads += ("predicted us",) if self.predicted else ()
-        lines += ["", "operators, per occurrence: period from the end of the one before; phases as mean of the tasks (us)"]
+        lines += ["", "operators, each time: period since the one before had ended, phases as mean of its tasks (us)"]
         lines += _table([heads, *(_operator_row(o) for o in f["operators"])])
-        lines += ["", "edges by waiting: total per worker; latency from the last producer's end to the reader's inputs (us)"]
-        heads = ("from", "to", "kind", "times", "waiting us", "latency us", "median latency")
+        lines += ["", "edges by waiting, per worker in all; latency: from its last producer's end to its inputs"]
+        heads = ("from", "to", "kind", "times", "waiting us", "latency us", "median us")
         rows = [(e["from"], e["to"], e["kind"], str(e["times"]), *(f"{e[k]:.2f}" for k in _EDGE)) for e in f["edges"]]
         lines += _table([heads, *rows[:12]], left=3)
-        lines += ["", f"critical path: {f['critical_path']['tasks']} tasks, {f['critical_path']['edges']} edges between workers"]
-        rows = [(p["what"], str(p["times"]), f"{p['us']:.1f}", f"{p['share']:.1%}") for p in f["critical_path"]["parts"]]
+        path = f["critical_path"]
+        lines += ["", f"critical path: {path['tasks']} tasks, {path['edges']} edges between workers"]
+        rows = [(p["what"], str(p["times"]), f"{p['us']:.1f}", f"{p['share']:.1%}") for p in path["parts"]]
         return "\n".join([*lines, *_table([("part", "times", "us", "share"), *rows[:14]])])
 
 

@@ -3,7 +3,7 @@
 from .build import Artifact, build
 from .resources import ResourceReport
 
-__all__ = ["Artifact", "DeviceCallable", "Executable", "ResourceReport", "build"]
+__all__ = ["Artifact", "DeviceCallable", "Executable", "ProfiledCallable", "ResourceReport", "build"]
 
 
 def __getattr__(name: str) -> object:
@@ -15,4 +15,8 @@ def __getattr__(name: str) -> object:
         from .callable import DeviceCallable
 
         return DeviceCallable
+    if name == "ProfiledCallable":
+        from .profiled import ProfiledCallable
+
+        return ProfiledCallable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,10 +11,10 @@ from .target import Target
 class Machine:
     """Seconds and bytes per second of one GPU running the persistent kernel, whatever the model.
 
-    bandwidth: device memory, all workers streaming; they share it equally on average. spread: variance of the
-    time at which a worker's weights have come, in seconds per second of stream. ring: bytes of weights that a worker's loader can be ahead;
-    waiting: bytes per second at which it runs ahead while its worker waits. fma, mma: bytes per second at which one
-    worker's body takes weights that are in its ring, with one token and with several.
+    bandwidth: device memory, all workers streaming; they share it equally on average. spread: variance of the time at
+    which a worker's weights have come, in seconds per second of stream. ring: bytes of weights that a worker's loader
+    can be ahead; waiting: bytes per second at which it runs ahead while its worker waits. fma, mma: bytes per second at
+    which one worker's body takes weights that are in its ring, with one token and with several.
     task: from the end of a task until the next one's events can be looked at and its warps have met. event, poll: from
     the last producer's end until a waiter on another worker has seen it, by a counter and by flagged data.
     prologue: from then until the inputs of a linear are in registers; finish: from its last weights to its results.

@@ -39,6 +39,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
     bench.set_defaults(run=_bench)
 
+    profile = commands.add_parser("profile", help="timeline of a decode step: where its time goes, task by task")
+    _model_arguments(profile)
+    profile.add_argument("--out", default="", metavar="FILE", help="write a Perfetto trace (.json or .json.gz)")
+    profile.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
+    profile.add_argument("--steps", type=int, default=5, help="steps to record, of which the median is shown")
+    profile.add_argument("--predict", action="store_true", help="simulate the step even where a GPU is")
+    profile.add_argument("--target", default="", help="GPU to predict for, e.g. h200")
+    profile.add_argument("--workers", type=int, default=0, help="default: one per SM")
+    profile.set_defaults(run=_profile)
+
     coverage = commands.add_parser("coverage", help="model families: what is captured, with which accuracy")
     coverage.add_argument("--family", nargs="*", default=[], metavar="NAME", help="default: all of families.py")
     coverage.add_argument("--batch", nargs="*", type=int, default=[1, 3, 8], metavar="B")
@@ -82,6 +92,12 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench import run
+
+    return run(arguments)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from .profile import run
 
     return run(arguments)
 

@@ -350,3 +350,35 @@ def test_every_kind_of_fault_has_words(kind):
         assert abi.FAULT_KINDS[kind] in text
     if kind == 4:
         assert "index -1, size 8" in text
+
+
+# --- profiling ------------------------------------------------------------------------------------------------
+
+
+def test_recording_is_on_for_the_calls_asked_for_and_changes_no_result():
+    from mpk_dynamo.runtime.profiled import ProfiledCallable
+
+    seen, device = [], HostDevice()
+    inner = callable_of(make(device), ARGUMENTS)
+    profiled = ProfiledCallable(inner, 3, 3, seen.append)
+    plain = callable_of(make(), ARGUMENTS)
+    args, others = tensors(), tensors()
+    others[:2] = args[:2]
+    for call in range(8):
+        assert torch.equal(profiled(*args)[0], plain(*others)[0])
+        assert len(seen) == (call >= 4)
+    recorded = [launch["profile"] != 0 for launch in device.kernel.launches]
+    assert recorded == [False, False, True, True, True, False, False, False]
+    assert len(seen[0].clock) == 3 and seen[0].makespan > 0
+    profiled.check_fault()
+
+
+def test_a_captured_call_is_not_recorded():
+    from mpk_dynamo.runtime.profiled import ProfiledCallable
+
+    device = HostDevice()
+    profiled = ProfiledCallable(callable_of(make(device), ARGUMENTS), 1, 1, lambda timeline: None)
+    with device.capturing(stream=3, ident=1):
+        profiled(*tensors())
+    profiled(*tensors())
+    assert [launch["profile"] != 0 for launch in device.kernel.launches] == [False, True]
