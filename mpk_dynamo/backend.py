@@ -12,12 +12,12 @@ from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from .by_size import BySize
 from .dump import Dump
 from .errors import MpkError, Unsupported
-from .fallback import fall_back
+from .fallback import Deferred, fall_back
 from .pieces import compile_pieces
 from .pipeline import Place, capture_graph, compile_captured
 from .report import Report, record
 from .settings import Settings
-from .specialize import at_present, changes_per_call, has_symbols, returned_numbers
+from .specialize import appends, at_present, changes_per_call, has_symbols, returned_numbers
 from .split import split
 
 _log = logging.getLogger("mpk_dynamo")
@@ -60,20 +60,31 @@ def compile_any(
     """Programs for as much of a graph as can be, whatever its sizes are. Raises as `mpk` does, and Unsupported when
     nothing of it becomes a program."""
     if not has_symbols(gm, example_inputs):
-        return compile_fixed(gm, example_inputs, settings, report)
+        if settings.fallback == "error" or not appends(gm):
+            return compile_fixed(gm, example_inputs, settings, report)
+        report.outcome = "eager for one call, as it returns a cache that has grown: the next graph is for every length"
+        _log.info("%s", report.outcome)
+        return Deferred(gm.forward, lambda *args: _compile_further(gm, args, settings, report))
     if settings.fallback != "error" and changes_per_call(gm, example_inputs):
         return _compile_split(gm, example_inputs, settings, report, symbols=True)
     first = compile_fixed(gm, example_inputs, settings, report)
 
     def further(gm: torch.fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
-        own = record(Report(fx_nodes=report.fx_nodes))
-        try:
-            return compile_fixed(gm, args, settings, own)
-        except Unsupported as why:
-            reason = why
-        return at_present(gm, args, lambda fixed, inputs: fall_back(fixed, inputs, settings, own, reason))
+        return _compile_further(gm, args, settings, record(Report(fx_nodes=report.fx_nodes)))
 
     return BySize(gm, example_inputs, first, further)
+
+
+def _compile_further(
+    gm: torch.fx.GraphModule, args: Sequence[Any], settings: Settings, report: Report
+) -> Callable[..., Any]:
+    """`compile_fixed` or the fallback, when Dynamo has long been done with the graph."""
+    try:
+        with torch.no_grad():
+            return compile_fixed(gm, args, settings, report)
+    except Unsupported as why:
+        reason = why
+    return at_present(gm, args, lambda fixed, inputs: fall_back(fixed, inputs, settings, report, reason))
 
 
 def compile_fixed(

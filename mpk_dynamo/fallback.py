@@ -29,7 +29,7 @@ def fall_back(
     report.outcome = f"fallback to {choice}"
     _log.warning("%s%s", report.summary(), f" -> {why.remedy}" if why.remedy else "")
     if why.passing and choice == "inductor" and not has_symbols(gm, example_inputs):
-        return Deferred(gm, report)
+        return Deferred(gm.forward, lambda *args: compile_outside(gm, args, "inductor", report))
     return compile_outside(gm, example_inputs, choice, report)
 
 
@@ -69,16 +69,15 @@ def _inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callab
 
 
 class Deferred:
-    """Runs a graph eagerly once, and by Inductor from the second call on: the first prompt gives a graph for its own
-    length, the next one a graph for every length, and only one of them is worth compiling."""
+    """Runs a graph eagerly once, and compiles it when it is called again. A graph for the length of one prompt, or of a
+    cache that grows, is followed by a graph for every length, and only that one is worth compiling."""
 
-    def __init__(self, gm: torch.fx.GraphModule, report: Report) -> None:
-        self._gm, self._report = gm, report
-        self._compiled: Callable[..., Any] | None = None
-        self._called = False
+    def __init__(self, eager: Callable[..., Any], compile: Callable[..., Callable[..., Any]]) -> None:
+        self._run, self._compile = eager, compile
+        self._calls = 0
 
     def __call__(self, *args: Any) -> Any:
-        if self._compiled is None and self._called:
-            self._compiled = compile_outside(self._gm, args, "inductor", self._report)
-        self._called = True
-        return (self._compiled or self._gm.forward)(*args)
+        self._calls += 1
+        if self._calls == 2:
+            self._run = self._compile(*args)
+        return self._run(*args)

@@ -18,7 +18,8 @@ def enable(model: "PreTrainedModel", *, max_cache_len: int | None = None, **opti
 
     A static cache becomes the default and each decode step one kernel launch. Prefill stays as it is (eager), as
     `generate()` compiles the decode step alone. `max_cache_len`, in tokens, fixes the size of the cache: without
-    it, a call that needs a longer cache than those before compiles again. `options` are those of settings.py.
+    it, a call that needs a longer cache than those before compiles again. Each batch size has a program of its own,
+    made when it first comes. `options` are those of settings.py.
     Calling it again replaces what the last call set. For direct calls of the model use
     `model.compile(backend="mpk")` instead.
 
@@ -33,7 +34,7 @@ def enable(model: "PreTrainedModel", *, max_cache_len: int | None = None, **opti
     if max_cache_len is not None and not (type(max_cache_len) is int and max_cache_len > 0):
         raise OptionError(f"max_cache_len is {max_cache_len!r}", remedy="give a positive number of tokens")
     disable(model)
-    compile_config = CompileConfig(backend="mpk", mode=None, dynamic=False, options=options or None)
+    compile_config = CompileConfig(backend="mpk", mode=None, options=options or None)
     compile_config._compile_all_devices = True  # CPU tensors run on the reference executor
     changes: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
     if max_cache_len is not None:

@@ -170,6 +170,21 @@ def changes_per_call(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) ->
     )
 
 
+def appends(gm: torch.fx.GraphModule) -> bool:
+    """Whether the graph, without symbols, returns an input with a few rows appended, as a cache that grows does."""
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        given = node.args[0] if node.target is torch.cat and node.args else ()
+        if not isinstance(given, (list, tuple)) or len(given) < 2 or getattr(given[0], "op", "") != "placeholder":
+            continue
+        whole, first = (n.meta.get("example_value") for n in (node, given[0]))
+        if isinstance(whole, torch.Tensor) and isinstance(first, torch.Tensor):
+            grown = [(a, b) for a, b in zip(whole.shape, first.shape) if a != b]
+            if len(grown) == 1 and grown[0][0] < 2 * grown[0][1]:
+                return True
+    return False
+
+
 def _is_more(size: Any, symbol: Any) -> bool:
     more = size - symbol
     return bool(more.is_Integer) and more != 0

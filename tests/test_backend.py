@@ -213,12 +213,11 @@ def test_prefill_falls_back_to_what_the_option_says(qwen3: Any, monkeypatch: pyt
         for options in ({}, {"fallback": "inductor"}):
             torch._dynamo.reset()
             compiled = torch.compile(qwen3, backend="mpk", options=options)
-            ours, theirs = (StaticCache(config=qwen3.config, max_cache_len=8) for _ in range(2))
-            for cache in (ours, theirs):
-                qwen3(tokens[:, :3], past_key_values=cache)
             for _ in range(2):  # the first call of a graph for one length is not worth compiling it
+                ours, theirs = (StaticCache(config=qwen3.config, max_cache_len=8) for _ in range(2))
                 for cache in (ours, theirs):
-                    cache.reset()
+                    qwen3(tokens[:, :3], past_key_values=cache)
+                assert not seen
                 a, b = compiled(tokens[:, 3:], past_key_values=ours), qwen3(tokens[:, 3:], past_key_values=theirs)
                 torch.testing.assert_close(a.logits, b.logits)
     assert [r.outcome for r in mpk_dynamo.reports()] == ["fallback to eager", "fallback to inductor"]
