@@ -17,7 +17,7 @@ from .pieces import compile_pieces
 from .pipeline import Place, capture_graph, compile_captured
 from .report import Report, record
 from .settings import Settings
-from .specialize import appends, at_present, changes_per_call, has_symbols, returned_numbers
+from .specialize import appends, at_present, changes_per_call, has_symbols
 from .split import split
 
 _log = logging.getLogger("mpk_dynamo")
@@ -66,7 +66,8 @@ def compile_any(
         _log.info("%s", report.outcome)
         return Deferred(gm.forward, lambda *args: _compile_further(gm, args, settings, report))
     if settings.fallback != "error" and changes_per_call(gm, example_inputs):
-        return _compile_split(gm, example_inputs, settings, report, symbols=True)
+        dump = Dump(settings.dump_dir, gm, report)
+        return _compile_split(gm, example_inputs, settings, report, dump, symbols=True)
     first = compile_fixed(gm, example_inputs, settings, report)
 
     def further(gm: torch.fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
@@ -91,17 +92,22 @@ def compile_fixed(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
 ) -> Callable[..., Any]:
     """The same for the present sizes and numbers alone; nothing guards them."""
+    return at_present(gm, example_inputs, lambda fixed, inputs: _compile(fixed, inputs, settings, report))
+
+
+def _compile(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
+) -> Callable[..., Any]:
     place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
     try:
         captured = capture_graph(gm, example_inputs, report, dump)
     except Unsupported as why:
         if why.passing or settings.fallback == "error":
             raise
-    else:
-        compiled = compile_captured(captured, place, settings, report, dump)
-        _log.info("%s", report.summary())
-        return returned_numbers(gm, compiled)
-    return at_present(gm, example_inputs, lambda fixed, inputs: _compile_split(fixed, inputs, settings, report))
+        return _compile_split(gm, example_inputs, settings, report, dump)
+    compiled = compile_captured(captured, place, settings, report, dump)
+    _log.info("%s", report.summary())
+    return compiled
 
 
 def _compile_split(
@@ -109,9 +115,10 @@ def _compile_split(
     example_inputs: Sequence[Any],
     settings: Settings,
     report: Report,
+    dump: Dump,
     symbols: bool = False,
 ) -> Callable[..., Any]:
-    place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
+    place = Place.of(example_inputs, settings)
     made = split(gm, example_inputs, report, dump, symbols=symbols)
     compiled = compile_pieces(made, gm, example_inputs, place, settings, report)
     dump.report(report)

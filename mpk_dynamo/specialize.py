@@ -19,9 +19,23 @@ NUMBERS = (*_SYMBOLIC, bool, int, float)
 
 
 def has_symbols(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether a size of the graph's inputs is symbolic, or an input is a number."""
+    """Whether a size of the graph's inputs is symbolic, or an input is a number, in a tensor or not."""
     values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    return any(isinstance(x, (*_SYMBOLIC, int, float)) for x in example_inputs) or any(_symbols(v) for v in values)
+    numbers = any(isinstance(x, NUMBERS) for x in example_inputs) or bool(_wrapped(gm))
+    return numbers or any(_symbols(v) for v in values)
+
+
+def _wrapped(gm: torch.fx.GraphModule) -> dict[torch.fx.Node, int]:
+    """Calls of `item` on a number that comes as a tensor, as Dynamo hands over floats that may change, and the position
+    of that tensor among the inputs."""
+    position = {n: k for k, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    found = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target == "item" and node.args[0] in position:
+            value = node.args[0].meta.get("example_value")
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is torch.float64:
+                found[node] = position[node.args[0]]
+    return found
 
 
 def fix_numbers(
@@ -34,8 +48,11 @@ def fix_numbers(
     graph, inputs, positions = fixed.graph, [], []
     numbers: dict[torch.fx.Node, Any] = {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    numbers.update({item: example_inputs[k].item() for item, k in _wrapped(gm).items()})
     for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        if isinstance(value, torch.Tensor):
+        if node.users and numbers.keys() >= node.users.keys():
+            numbers[node] = value
+        elif isinstance(value, torch.Tensor):
             inputs.append(value)
             positions.append(position)
         else:
@@ -139,8 +156,10 @@ def size_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     symbolic = {k for k, (n, _) in inputs if _symbols(n.meta.get("example_value"))}
     tensors = [k for k, (_, v) in inputs if isinstance(v, torch.Tensor) and k in symbolic]
 
+    wrapped = list(_wrapped(gm).values())
+
     def key(args: Sequence[Any]) -> tuple[Any, ...]:
-        values = (hint(args[k]) for k in numbers)
+        values = (*(hint(args[k]) for k in numbers), *(args[k].item() for k in wrapped))
         return (*values, *((*args[k].shape, *args[k].stride()) for k in tensors))
 
     return key

@@ -11,7 +11,7 @@ from ..ir.expr import Expr, op
 from ..ir.graph import Attention
 from ..ir.types import DType
 from .registry import Call, lowers
-from .values import Index, Memory, View, broadcast, convert, point, whole
+from .values import Index, Memory, View, broadcast, constant, convert, point, whole
 
 if TYPE_CHECKING:
     from .importer import Importer
@@ -68,7 +68,8 @@ def attend(
     name = imp.fresh(call.name)
     node = Attention(
         name=name, b=b, h=h, g=g, s=s, d=d, q=query,
-        keys=keys, key_index=key_index, values=values, value_index=value_index, scale=scale,
+        keys=keys, key_index=key_index, values=values, value_index=value_index,
+        scale=constant(scale, DType.F32).value,  # as a model that writes attention out rounds it
         out=name, store=(point(b), point(h), E.index(0), point(d)), mask=mask, softcap=softcap, origin=call.origin,
     )  # fmt: skip
     imp.declare(name, call.dtype, call.shape, call.origin)

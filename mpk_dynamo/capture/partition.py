@@ -56,7 +56,9 @@ class Partition:
         self.before = self._find_dependencies()
 
     def _is_number(self, node: fx.Node) -> bool:
-        return isinstance(self.found.values.get(node), (*_SYMBOLIC, bool, int, float))
+        value = self.found.values.get(node)
+        numbers = value if isinstance(value, (tuple, list)) and value else (value,)  # sizes, too
+        return all(isinstance(x, (*_SYMBOLIC, bool, int, float)) for x in numbers)
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.found.values.get(node), torch.Tensor)

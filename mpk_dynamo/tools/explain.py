@@ -15,6 +15,8 @@ import torch
 from .. import abi
 from ..dump import Dump
 from ..errors import Unsupported
+from ..ir.expr import Load
+from ..ir.graph import Attention
 from ..pipeline import build, capture_graph, emit, lower
 from ..report import Report
 from ..settings import Settings
@@ -23,6 +25,7 @@ from ..split import split
 if TYPE_CHECKING:
     from ..capture import Captured
     from ..ir.program import Program
+    from ..ir.tasks import TaskGraph
     from ..targets import Target
 
 
@@ -30,12 +33,13 @@ if TYPE_CHECKING:
 class GraphExplanation:
     """One graph of the call, or one piece of a graph that was split. missing: operators that capture has no lowering
     for -> how often they occur. bodies: task body -> what it takes when it stands alone, and where in the model it is
-    first used. pieces: of a graph that was split, those that become programs."""
+    first used. pieces: of a graph that was split, those that become programs. masks: what each mask costs."""
 
     report: Report
     bodies: dict[str, str] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     pieces: "list[GraphExplanation]" = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def explain(
 
     def explain_program(captured: "Captured", found: GraphExplanation, dump: Dump) -> None:
         schedule = lower(captured.graph, workers or chosen.sm_count, chosen, found.report, dump)
+        found.masks = _masks(schedule.tasks)
         if chosen.is_gpu:
             program = emit(schedule, chosen, found.report, dump)
             build(program, chosen, settings, found.report)
@@ -140,6 +145,30 @@ def _missing(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[st
     return dict(Counter(name for name in names if name not in LOWERINGS))
 
 
+def _masks(tg: "TaskGraph") -> list[str]:
+    """For each mask, what finding the live keys reads, for how many Attentions, and what is read of their caches."""
+    nodes = tg.graph.nodes
+    users: dict[str, list[Attention]] = {}
+    unknown = 0
+    for node in nodes:
+        if isinstance(node, Attention):
+            if isinstance(node.first, Load):
+                users.setdefault(node.first.buffer, []).append(node)
+            elif node.mask is not None:
+                unknown += 1
+    out = []
+    for name, attentions in users.items():
+        finding = [t for t in tg.tasks if nodes[t.node].name == name]
+        size, kind = sum(t.bytes for t in finding), attentions[0].mask.dtype.value  # type: ignore[union-attr]
+        out.append(
+            f"{kind}, shared by {len(attentions)} attentions of {attentions[0].s.size} keys: {len(finding)} tasks find "
+            f"the live keys once per call ({size / 1e3:.1f} kB), and keys outside their range are not read"
+        )
+    if unknown:
+        out.append(f"{unknown} attentions apply one to every key, without a range of live ones")
+    return out
+
+
 def _resources(program: "Program", target: "Target", settings: Settings) -> dict[str, str]:
     """Registers and spills of each task body by itself: in the kernel, bodies inlined side by side share them."""
     from ..codegen import isolated
@@ -183,6 +212,7 @@ def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
             ("scratch arena", f"{r.arena_bytes / 1e3:.1f} kB"),
             ("work per call", f"{r.bytes / 1e6:.1f} MB, {r.flops / 1e9:.2f} GFLOP"),
         ]
+        rows += [("mask", text) for text in graph.masks]
         if target.is_gpu:
             floor = r.bytes / target.bandwidth * 1e3
             rows.append(("roofline", f"{floor:.3f} ms at the datasheet's {target.bandwidth / 1e12:.2f} TB/s"))

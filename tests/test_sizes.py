@@ -1,0 +1,172 @@
+"""Sizes that change between calls: batches, caches that grow, prompts. Right for each, and few compilations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import mpk_dynamo
+from mpk_dynamo import by_size
+from mpk_dynamo.tools.families import build
+
+STRICT = {"fallback": "error"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    mpk_dynamo.clear_reports()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama", torch.float32, num_hidden_layers=1)
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has made."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 256, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def static(model: Any, batch: int, prompt: int = 3) -> StaticCache:
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with torch.no_grad():
+        model(ids(batch, prompt), past_key_values=cache)
+    return cache
+
+
+def step(model: Any, compiled: Any, batch: int, mark: bool = False) -> None:
+    caches = [static(model, batch) for _ in range(2)]
+    token = torch.full((batch, 1), 9)
+    if mark:
+        for tensor in (token, caches[0].layers[0].keys, caches[0].layers[0].values):
+            torch._dynamo.mark_dynamic(tensor, 0)
+    with torch.no_grad():
+        a, b = (f(token, past_key_values=c).logits for f, c in zip((compiled, model), caches))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(caches[0].layers[0].keys, caches[1].layers[0].keys, rtol=1e-4, atol=1e-5)
+
+
+def few() -> list[Any]:
+    every = pytest.param((*range(1, 17), 7), id="all", marks=pytest.mark.slow)
+    return [pytest.param((1, 2, 3, 6, 3), id="few"), every]
+
+
+@pytest.mark.parametrize("batches", few())
+def test_batches(model: Any, batches: tuple[int, ...]) -> None:
+    """One batch is a graph of its own for Dynamo, the first other one too; all further ones share a third."""
+    compiled = torch.compile(model, backend="mpk", fullgraph=True, options=STRICT)
+    for batch in batches:
+        step(model, compiled, batch)
+    assert graphs() <= 3 and len(mpk_dynamo.reports()) == len(set(batches))
+    assert sum(r.calls for r in mpk_dynamo.reports()) == len(batches)
+
+
+def test_marked_batches(model: Any) -> None:
+    compiled = torch.compile(model, backend="mpk", fullgraph=True, options=STRICT)
+    for batch in (5, 2, 3, 5):
+        step(model, compiled, batch, mark=True)
+    assert graphs() == 1 and [r.calls for r in mpk_dynamo.reports()] == [2, 1, 1]
+
+
+def test_dynamic_batches(model: Any) -> None:
+    compiled = torch.compile(model, backend="mpk", dynamic=True)
+    for batch in (3, 2, 4):
+        step(model, compiled, batch)
+    assert graphs() == 1 and all(r.node_kinds.get("Attention") for r in mpk_dynamo.reports())
+
+
+@pytest.mark.slow
+def test_enable_serves_more_batch_sizes_than_dynamo_compiles(model: Any) -> None:
+    mpk_dynamo.enable(model, max_cache_len=8, **STRICT)
+    try:
+        for batch in range(1, 12):
+            model.generate(ids(batch, 3), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    finally:
+        mpk_dynamo.disable(model)
+    assert graphs() <= 3 and [r.calls for r in mpk_dynamo.reports()] == [2] * 11
+
+
+def test_sizes_beyond_the_limit_run_eagerly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(by_size, "LIMIT", 2)
+    layer = torch.nn.Linear(8, 8)
+    compiled = torch.compile(layer, backend="mpk", options=STRICT)
+    with torch.no_grad():
+        for rows in (2, 3, 4, 5, 6, 5):
+            x = torch.randn(rows, 8)
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert [r.calls for r in mpk_dynamo.reports()] == [1, 1, 1] and caplog.text.count("run eagerly") == 1
+
+
+def test_a_later_size_that_is_refused_falls_back() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, None] * x[None]).sum(-1).cumsum(0)
+
+    compiled = torch.compile(model, backend="mpk")
+    for rows in (4, 5, 5000, 6):
+        x = torch.randn(rows, 1)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+    outcomes = [r.outcome for r in mpk_dynamo.reports()]
+    assert outcomes == ["reference", "reference", "fallback to eager", "reference"]
+    assert "running sum" in mpk_dynamo.reports()[2].reason
+
+
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_growing_cache(model: Any, batch: int) -> None:
+    compiled = torch.compile(model, backend="mpk", fullgraph=True)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    tokens, mask = ids(batch, 20), torch.ones(batch, 20, dtype=torch.int64)
+    mask[0, : batch - 1] = 0
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens[:, :4], attention_mask=mask[:, :4].clone(), past_key_values=cache)
+        for i in range(4, 20):
+            given = {"input_ids": tokens[:, i : i + 1], "attention_mask": mask[:, : i + 1].clone()}
+            a, b = (f(**given, past_key_values=c).logits for f, c in zip((compiled, model), caches))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert graphs() == 2
+    first, second = mpk_dynamo.reports()
+    assert first.outcome.startswith("eager for one call") and second.calls == 15 and len(second.programs) == 2
+    assert any("changes from call to call" in why for why in second.left_out)
+
+
+def test_a_graph_with_a_grown_cache_that_is_called_again_is_compiled() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x, y))
+
+    compiled = torch.compile(model, backend="mpk")
+    x, y = torch.randn(6, 4), torch.randn(1, 4)
+    for _ in range(3):
+        assert torch.equal(compiled(x, y), model(x, y))
+    (report,) = mpk_dynamo.reports()
+    assert report.outcome == "reference" and report.calls == 2
+
+
+def test_prompts_are_compiled_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first length alone is run eagerly; the second gives a graph for all."""
+    compiles: list[Any] = []
+
+    def inductor(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiles.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)][0])
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", inductor)
+    compiled = torch.compile(model, backend="mpk", options={"fallback": "inductor"})
+    for length in (18, 20, 25, 18):
+        caches = [StaticCache(config=model.config, max_cache_len=40) for _ in range(2)]
+        with torch.no_grad():
+            a, b = (f(ids(1, length), past_key_values=c).logits for f, c in zip((compiled, model), caches))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(compiles) == 1 and all("query tokens" in r.reason for r in mpk_dynamo.reports())
+    assert not isinstance(compiles[0][1], int) or graphs() == 2
