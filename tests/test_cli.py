@@ -131,6 +131,23 @@ def test_gate_refuses_wrong_logits_and_nan():
     assert set(SHAPES) >= set(PARAMETERS)
 
 
+def test_explain_shows_edges_beside_those_of_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    figures, command = tmp_path / "f.json", ["--model", "smollm2-135m", "--layers", "2", "--prompt", "16"]
+    assert main(["profile", "--predict", *command, "--json", str(figures)]) == 0
+    assert main(["explain", *command, "--target", "h200", "--profile", str(figures)]) == 2
+    assert "its times are predicted" in capsys.readouterr().err
+    held = json.loads(figures.read_text())
+    held |= {"times": "measured", "makespan_us": 1234.0}
+    edge = next(e for e in held["edges"] if e["to"] == "layers.*.mlp.down_proj")
+    edge["median_latency_us"] = 7.5
+    figures.write_text(json.dumps(held))
+    assert main(["explain", *command, "--target", "h200", "--profile", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    assert "ms predicted, 1.234 ms measured" in printed
+    line = next(x for x in printed.splitlines() if "to layers.*.mlp.down_proj, flagged, 2 times" in x)
+    assert "7.50 us measured" in line and "us predicted" in line
+
+
 def test_profile_without_a_gpu_predicts_and_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     trace, figures = tmp_path / "t.json", tmp_path / "f.json"
     command = ["profile", "--predict", "--model", "smollm2-135m", "--layers", "2", "--prompt", "16"]
@@ -147,6 +164,7 @@ def test_profile_without_a_gpu_predicts_and_says_so(capsys: pytest.CaptureFixtur
     ("words", "message"),
     [
         (["--steps", "0"], "at least one"),
+        (["--model", "no-such-model"], "no model 'no-such-model'"),
         (["--max-cache", "100"], "too small"),
         (["--target", "h2000"], "did you mean 'h200'"),
     ],

@@ -1,4 +1,4 @@
-"""`python -m mpk_dynamo`: explain what happens to a model, measure it, survey model families, list the options."""
+"""`python -m mpk_dynamo`: explain what happens to a model, time and profile it, survey model families, list options."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--target", default="", help="GPU or architecture to build for, e.g. h200 or sm_90a")
     explain.add_argument("--workers", type=int, default=0, help="default: one per SM of the target")
     explain.add_argument("--dump", default="", metavar="FOLDER", help="write every stage as text")
+    explain.add_argument("--profile", default="", metavar="FILE", help="figures of `profile --json`, to compare with")
     explain.set_defaults(run=_explain)
 
     bench = commands.add_parser("bench", help="time of a decode step against eager and Inductor, with accuracy gate")
@@ -83,7 +84,12 @@ def _explain(arguments: argparse.Namespace) -> int:
     cache = arguments.max_cache or arguments.prompt + 512
     decoder = Decoder(model, batch=arguments.batch, prompt=arguments.prompt, max_cache=cache, steps=1)
     found = explain(
-        model, **decoder.steps[0], target=arguments.target, workers=arguments.workers, dump_dir=arguments.dump
+        model,
+        **decoder.steps[0],
+        target=arguments.target,
+        workers=arguments.workers,
+        dump_dir=arguments.dump,
+        profile=arguments.profile,
     )
     print(f"{arguments.model}: decode step, batch {arguments.batch}, cache of {cache} tokens")
     print(found)

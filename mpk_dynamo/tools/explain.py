@@ -21,6 +21,7 @@ from ..pipeline import build, capture_graph, emit, lower
 from ..report import Report
 from ..settings import Settings
 from ..split import split
+from .predicted import load_profile, predicted_rows
 
 if TYPE_CHECKING:
     from ..capture import Captured
@@ -33,13 +34,15 @@ if TYPE_CHECKING:
 class GraphExplanation:
     """One graph of the call, or one piece of a graph that was split. missing: operators that capture has no lowering
     for -> how often they occur. bodies: task body -> what it takes when it stands alone, and where in the model it is
-    first used. pieces: of a graph that was split, those that become programs. masks: what each mask costs."""
+    first used. pieces: of a graph that was split, those that become programs. masks: what each mask costs. timing: step
+    and edges, predicted and measured, as (name, text)."""
 
     report: Report
     bodies: dict[str, str] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     pieces: "list[GraphExplanation]" = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
+    timing: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,20 @@ class Explanation:
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, target: str = "", workers: int = 0, dump_dir: str = "", **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    target: str = "",
+    workers: int = 0,
+    dump_dir: str = "",
+    profile: str = "",
+    **kwargs: Any,
 ) -> Explanation:
     """Capture, lower, verify and build `model(*args, **kwargs)` for `target`; the call itself runs eagerly, once,
     without gradients (a cache that is passed advances).
 
     `target`: a GPU ("h200") or an architecture ("sm_90a"); default the present GPU, else the reference executor,
-    for which no kernel is built. Raises what compiling would, except Unsupported, which is part of the result.
+    for which no kernel is built. `profile`: figures that the command `profile --json` wrote, to stand beside what is
+    predicted. Raises what compiling would, except Unsupported, which is part of the result.
     """
     from ..targets import detect, known, reference_target
 
@@ -78,6 +88,7 @@ def explain(
     else:
         chosen = detect() if torch.cuda.is_available() else reference_target(workers or 8)
     settings = Settings.from_options({"dump_dir": dump_dir})
+    measured = load_profile(profile) if profile else None
     graphs: list[GraphExplanation] = []
 
     def inspect(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -96,6 +107,7 @@ def explain(
         schedule = lower(captured.graph, workers or chosen.sm_count, chosen, found.report, dump)
         found.masks = _masks(schedule.tasks)
         if chosen.is_gpu:
+            found.timing = predicted_rows(schedule, chosen, measured)
             program = emit(schedule, chosen, found.report, dump)
             build(program, chosen, settings, found.report)
             found.bodies = _resources(program, chosen, settings)
@@ -216,6 +228,7 @@ def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
         if target.is_gpu:
             floor = r.bytes / target.bandwidth * 1e3
             rows.append(("roofline", f"{floor:.3f} ms at the datasheet's {target.bandwidth / 1e12:.2f} TB/s"))
+            rows += graph.timing
             rows.append(("kernel", f"{target.name}: {r.resources}"))
             rows += [(f"  {kind}", text) for kind, text in graph.bodies.items()]
         else:
