@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
+from .argmax import Argmax, ArgmaxOperator
 from .attention import AttentionOperator
+from .choice import Choice, ChoiceOperator
 from .linear import LinearOperator
 from .row_map import RowMapOperator
 from .spec import Operator
@@ -12,6 +14,8 @@ OPERATORS: dict[type, Operator] = {
     RowMap: RowMapOperator(),
     Linear: LinearOperator(),
     Attention: AttentionOperator(),
+    Argmax: ArgmaxOperator(),
+    Choice: ChoiceOperator(),
 }
 
 
