@@ -14,6 +14,7 @@ import torch
 from .dump import Dump
 from .errors import OptionError, Unsupported
 from .ir import printer
+from .ir.graph import is_callers
 from .report import Report
 from .settings import Settings
 from .specialize import fix_numbers, has_symbols, without_symbols
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .ir.graph import Graph
     from .ir.program import Program
     from .ir.schedule import Schedule
-    from .loop import Sampling
+    from .loop import Feed, Sampling
     from .passes.schedule.timeline import Timeline
     from .targets import Target
 
@@ -96,7 +97,45 @@ def compile_loop(
     Raises Unsupported (as compile_captured; no tokens among the inputs; a mask of unknown form), VerificationError,
     CompileError.
     """
-    raise NotImplementedError
+    from .loop import Loop, append_loop, host_loop
+    from .verify import verify_graph
+
+    place = Place.of(example_inputs, settings)
+    dump = Dump(settings.dump_dir, gm, report)
+    captured = capture_graph(gm, example_inputs, report, dump)
+    graph = append_loop(captured.graph, _feed(captured, example_inputs, fed), sampling)
+    dump.text("1-loop.txt", printer.print_graph, graph)
+    with report.stage("verify"):
+        verify_graph(graph)
+    added = [n for n, b in graph.buffers.items() if is_callers(b) and n == b.storage and n.startswith("loop.")]
+    positions = {name: len(example_inputs) + i for i, name in enumerate(added)}
+    captured = dataclasses.replace(captured, graph=graph, arguments={**captured.arguments, **positions})
+    compiled = compile_captured(captured, place, settings, report, dump)
+    batch = graph.buffers["loop.finished"].shape[0]
+    if place.target.is_gpu:
+        return Loop(compiled.run, added, batch, sampling, compiled.check_fault)
+    return Loop(host_loop(compiled), added, batch, sampling)
+
+
+def _feed(captured: "Captured", example_inputs: Sequence[Any], fed: Mapping[str, Any]) -> "Feed":
+    """The storages that the loop advances, from the tensors."""
+    from .loop import Feed
+
+    place = {id(x): i for i, x in enumerate(example_inputs)}
+    storages = {i: storage for storage, i in captured.arguments.items()}
+
+    def found(tensors: Sequence[Any]) -> tuple[str, ...]:
+        names = (storages.get(place.get(id(t), -1)) for t in tensors)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    tokens = found([fed["tokens"]])
+    if not tokens:
+        raise Unsupported("the step does not take the tokens that the loop should feed")
+    outputs = captured.graph.outputs
+    logits = next((i for i, o in enumerate(outputs) if o.buffer is not None), None)
+    if logits is None:
+        raise Unsupported("the step returns no tensor; the loop needs its logits")
+    return Feed(tokens[0], found(fed.get("positions", ())), found(fed.get("masks", ())), logits)
 
 
 @without_collector

@@ -78,6 +78,8 @@ class LoopState:
     sampling: Sampling
     inputs: dict[str, torch.Tensor] = field(repr=False)
     _all_tokens: torch.Tensor = field(repr=False)
+    known: tuple[int, bool] | None = None
+    """What `read` said last, None when that may have changed."""
 
     @classmethod
     def create(
@@ -159,13 +161,15 @@ class LoopState:
     def read(self) -> tuple[int, bool]:
         """(tokens chosen, whether all sequences are finished), once the device is done with what was launched."""
         step, done = torch.stack((self.step, self.done)).tolist()
-        return step, bool(done)
+        self.known = step, bool(done)
+        return self.known
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next token of each sequence from `logits` [B, V] as the program would, and record it.
 
         For the token after the prefill. Returns [B] int64. Raises MpkError when `tokens` is full."""
-        step = int(self.step)
+        step, _ = self.known or self.read()
+        self.known = None
         if step >= self.max_steps:
             raise MpkError(f"all {self.max_steps} steps of this generation are used")
         stages, numbers = self.sampling.stages, self.inputs["loop.numbers"]
@@ -195,8 +199,10 @@ class LoopState:
     ) -> None:
         """Go back to when `step` tokens were chosen. finished: [B] bool, as it was then (default: from the tokens that
         are left). seen_ids: [B, T], every id that counts as seen by then."""
-        if not 0 <= step <= int(self.step):
-            raise ValueError(f"cannot go back to step {step} of {int(self.step)}")
+        now, _ = self.read()
+        if not 0 <= step <= now:
+            raise ValueError(f"cannot go back to step {step} of {now}")
+        self.known = None
         if finished is None:
             finished = (self.tokens[:, :step, None] == self.inputs["loop.eos"]).any(2).any(1)
         self.step.fill_(step)

@@ -84,10 +84,15 @@ class DeviceCallable:
         self._results = [self._result(output, position, arguments) for output in graph.outputs]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return self.run(args)
+
+    def run(self, args: tuple[Any, ...], steps: int = 1, done: torch.Tensor | None = None) -> tuple[Any, ...]:
+        """One launch of up to `steps` steps; it ends after a step that leaves `done` (int64, one element) other than
+        0. What a step is fed must be STATE."""
         if not self._checked:
             self._check(args)
         addresses = [*map(_data_ptr, self._pick(args))]
-        with self.executable.prepared() as binding:
+        with self.executable.prepared(steps, 0 if done is None else done.data_ptr()) as binding:
             if addresses != binding.stable:
                 self._rebind(binding, addresses)
             words, keep = binding.words, []

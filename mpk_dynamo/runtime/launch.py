@@ -63,6 +63,11 @@ class Binding:
             self._packer.pack_into(self.words, 0, *pointers)
             self._last, self.stable = pointers, None
 
+    def loop(self, steps: int, done: int) -> None:
+        """Sets how many steps the launch runs, and the address of the word that ends it."""
+        if (steps, done) != self._loop:
+            self._record["steps"], self._record["done"] = self._loop = steps, done
+
     def touch(self) -> None:
         """Says that `words` were written directly, so that `bind` compares with nothing stale."""
         self._last = None
@@ -123,21 +128,23 @@ class Executable:
         self._captured: dict[tuple[int, int], Binding] = {}
         self._lock = threading.Lock()
 
-    def launch(self, pointers: Sequence[int]) -> None:
-        """Enqueues one step on torch's current stream. `pointers`: device addresses in the order of
-        Program.bindings; the tensors must stay alive as for any operation on that stream.
+    def launch(self, pointers: Sequence[int], steps: int = 1, done: int = 0) -> None:
+        """Enqueues one launch of up to `steps` steps on torch's current stream. `pointers`: device addresses in the
+        order of Program.bindings; the tensors must stay alive as for any operation on that stream. `done`: address of
+        an int64; a step that leaves it other than 0 is the last.
 
         Raises DeviceFault for a fault of an earlier launch, LaunchError when the driver refuses.
         """
         if len(pointers) != len(self.program.bindings):
             raise LaunchError(f"{len(pointers)} pointers for {len(self.program.bindings)} bindings")
-        with self.prepared() as binding:
+        with self.prepared(steps, done) as binding:
             binding.bind(pointers)
 
     @contextmanager
-    def prepared(self) -> Iterator[Binding]:
+    def prepared(self, steps: int = 1, done: int = 0) -> Iterator[Binding]:
         """`with executable.prepared() as binding:` gives the current stream's Binding to fill, and launches at the
-        end of the block. Other threads wait meanwhile; an exception in the block launches nothing."""
+        end of the block. Other threads wait meanwhile; an exception in the block launches nothing. `steps`, `done`:
+        see `launch`."""
         with self._lock:
             if self._state.value:
                 self.check_fault()
@@ -146,6 +153,7 @@ class Executable:
             if binding is None or stream:
                 binding = self._binding(stream)
             yield binding
+            binding.loop(steps, done)
             self.kernel.launch(self._grid, self._threads, self._shared, binding.stream, binding.params)
 
     def profile(self, address: int) -> None:
