@@ -15,8 +15,9 @@ VERSION = 4
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
 
-CONTROL_EPOCH, CONTROL_DONE, CONTROL_ABORT, CONTROL_EVENTS = 0, 32, 64, 96
-"""Word offsets in the control block: launches completed, workers done (monotonic), abort flag, first counter."""
+CONTROL_EPOCH, CONTROL_DONE, CONTROL_ABORT, CONTROL_LAST, CONTROL_EVENTS = 0, 32, 64, 96, 128
+"""Word offsets in the control block: steps completed, workers done with one (monotonic), abort flag, steps completed
+when a launch ended early, first counter."""
 
 MAX_OPERANDS = 32
 """Buffers one task body may refer to."""
@@ -146,6 +147,7 @@ FAULT_KINDS = (
     "a cache position is outside the cache (the cache is full?)",
     "an index is outside its tensor",
     "a value was not published",
+    "a step was not finished by all workers",
 )
 """Text of Fault.kind. For kinds 3 and 4, `needed` is the size and `seen` the index."""
 
@@ -162,7 +164,7 @@ def header() -> str:
     """C++ declarations of everything above, as the text of mpk/abi.h."""
     lines = ["// Generated from mpk_dynamo/abi.py. Do not edit.", "#pragma once", "namespace mpk {"]
     lines += ["using u32 = unsigned int; using i32 = int; using u64 = unsigned long long;"]
-    names = "VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS"
+    names = "VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_LAST CONTROL_EVENTS"
     for name in f"{names} MAX_OPERANDS MAX_WAITS MAX_SEGMENTS".split():
         lines.append(f"constexpr u32 {name} = {globals()[name]};")
     for name in ("ARENA_REF", "FLAGGED_REF", "NO_REF"):

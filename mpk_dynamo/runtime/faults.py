@@ -10,7 +10,7 @@ from ..ir.program import Program
 from ..ir.tasks import TaskGraph, task_name
 
 _SIZE_KINDS = (3, 4)  # kinds whose `needed` is a size and `seen` an index
-_UNPUBLISHED = 5
+_UNPUBLISHED, _STEP = 5, 6
 _REMEDIES = {
     0: "raise timeout_s if other work occupies the GPU; otherwise please report this with the dump directory",
     1: "please report this with the dump directory",
@@ -18,6 +18,7 @@ _REMEDIES = {
     3: "allocate a larger cache (max_cache_len)",
     4: "check token ids and positions against the sizes of the model",
     5: "raise timeout_s if other work occupies the GPU; otherwise please report this with the dump directory",
+    6: "raise timeout_s if other work occupies the GPU; otherwise please report this with the dump directory",
 }
 
 
@@ -39,9 +40,11 @@ def explain(record: Mapping[str, int], program: Program) -> DeviceFault:
         detail += f" ({(needed - seen) & 0xFFFFFFFF} signals missing)"
     elif kind == _UNPUBLISHED:
         detail = _flagged_text(tg, task_id)
+    elif kind == _STEP:
+        detail = f"{seen} steps since the start, needed {needed}"
     else:
         detail = f"ring slot {slot}, needed {needed}, seen {seen}"
-    message = f"worker {int(record['worker'])}, {where}: {what}: {detail}, launch {int(record['epoch'])}"
+    message = f"worker {int(record['worker'])}, {where}: {what}: {detail}, step {int(record['epoch'])}"
     return DeviceFault(message, origin=origin, remedy=_REMEDIES.get(kind, _REMEDIES[1]))
 
 

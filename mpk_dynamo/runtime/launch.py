@@ -42,8 +42,9 @@ class Binding:
         # numpy aligns it to 16 bytes; C++ has no array of 0 pointers
         self._memory = np.zeros(_FIXED_BYTES // 8 + max(count, 1), "<u8")
         self.fixed = self._memory[: _FIXED_BYTES // 8].view(abi.LAUNCH_FIXED.dtype)
-        for name, value in fixed.items():
+        for name, value in {**fixed, "steps": 1}.items():
             self.fixed[name] = value
+        self._loop = (1, 0)
         self.words = memoryview(self._memory)[_FIXED_BYTES // 8 :].cast("B").cast("Q")
         self.stable: object = None
         self._last: tuple[int, ...] | None = None
@@ -66,7 +67,7 @@ class Binding:
     def loop(self, steps: int, done: int) -> None:
         """Sets how many steps the launch runs, and the address of the word that ends it."""
         if (steps, done) != self._loop:
-            self._record["steps"], self._record["done"] = self._loop = steps, done
+            self.fixed["steps"], self.fixed["done"] = self._loop = steps, done
 
     def touch(self) -> None:
         """Says that `words` were written directly, so that `bind` compares with nothing stale."""

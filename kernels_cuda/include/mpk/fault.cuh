@@ -12,6 +12,7 @@ namespace mpk {
 // Shared by all roles of a worker; in shared memory.
 struct Health {
   volatile u32 aborted;
+  volatile u32 ended;  // no step follows: all sequences are finished, or the launch is being abandoned
   volatile u32 pending, kind, task, slot, needed, seen;  // a consumer's finding, for the control warp
   volatile u32 streaming;                                // the consumers have their inputs and read the ring
   u32* abort_flag;  // device memory, one per launch stream
@@ -20,7 +21,7 @@ struct Health {
   u32 worker, epoch;
 };
 
-enum FaultKind : u32 { kEvent = 0, kRingFill = 1, kRingRelease = 2, kCacheFull = 3, kIndex = 4, kPublish = 5 };
+enum FaultKind : u32 { kEvent = 0, kRingFill = 1, kRingRelease = 2, kCacheFull = 3, kIndex = 4, kPublish = 5, kStep = 6 };
 
 __device__ __noinline__ void report(Health& h, u32 kind, u32 task, u32 slot, u32 needed, u32 seen) {
   h.aborted = 1;

@@ -41,6 +41,8 @@ struct alignas(128) SharedState {
   Ready ready[2];
   ResolvedRun run[32];
   Wait wait[MAX_WAITS];
+  u64 begun;  // mbarrier of control: the step before is over everywhere
+  volatile u32 step;
   Health health;
   Profile* profile;  // records of tasks, null when off
 };
@@ -68,7 +70,7 @@ struct Context {
   MPK_DEVICE int arg(u32 i) const { return ready->task.arg[i]; }
   MPK_DEVICE char* scratch() const { return shared.scratch; }
   MPK_DEVICE void barrier() const { ptx::barrier(kBarConsumers, kConsumers); }
-  // Every body calls this once: until then only operands that this launch does not write may be read. False: the launch
+  // Every body calls this once: until then only operands that this step does not write may be read. False: the launch
   // is being abandoned, return.
   MPK_DEVICE bool wait() const {
     mark(kWaits);
@@ -139,22 +141,25 @@ MPK_DEVICE void loader(const L& launch, SharedState<C>& s, const Queue& queue) {
   const u64 policy = 0;
 #endif
   bool fine = true;
-  for (u32 first = 0; first < queue.run_count && fine; first += 32) {
-    __syncwarp();
-    if (first + lane < queue.run_count) {
-      const Run r = runs[first + lane];
-      s.run[lane] = {{static_cast<const char*>(resolve(launch, r.base0, 0)), static_cast<const char*>(resolve(launch, r.base1, 0))},
-                     r.rows, r.row_bytes, r.copy, r.tiled};
-    }
-    __syncwarp();
-    const u32 n = min(32u, queue.run_count - first);
+  // Past the end of a step as past that of a task: no step writes what is streamed.
+  for (u32 step = 0; step < launch.fixed.steps && fine; ++step) {
+    for (u32 first = 0; first < queue.run_count && fine; first += 32) {
+      __syncwarp();
+      if (first + lane < queue.run_count) {
+        const Run r = runs[first + lane];
+        s.run[lane] = {{static_cast<const char*>(resolve(launch, r.base0, 0)), static_cast<const char*>(resolve(launch, r.base1, 0))},
+                       r.rows, r.row_bytes, r.copy, r.tiled};
+      }
+      __syncwarp();
+      const u32 n = min(32u, queue.run_count - first);
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0)
-      for (u32 i = 0; i < n && fine; ++i) fine = load_run(writer, s.run[i], policy);
-    fine = __shfl_sync(~0u, fine, 0);
+      if (lane == 0)
+        for (u32 i = 0; i < n && fine; ++i) fine = load_run(writer, s.run[i], policy);
+      fine = __shfl_sync(~0u, fine, 0);
 #else
-    for (u32 i = 0; i < n && fine; ++i) fine = load_run(writer, s.run[i], policy);
+      for (u32 i = 0; i < n && fine; ++i) fine = load_run(writer, s.run[i], policy);
 #endif
+    }
   }
 #if __CUDA_ARCH__ >= 900
   if (lane == 0) writer.drain();
@@ -196,10 +201,10 @@ MPK_DEVICE Fetch fetch_lists(const L& launch, u32 word) {
 }
 
 template <class C, class L>
-MPK_DEVICE void unpack(const L& launch, SharedState<C>& s, Ready& ready, const Fetch& f) {
+MPK_DEVICE void unpack(const L& launch, SharedState<C>& s, Ready& ready, const Fetch& f, u32 epoch) {
   const u32 lane = threadIdx.x & 31;
   if (lane < sizeof(Task) / 4) reinterpret_cast<u32*>(&ready.task)[lane] = f.word;
-  if (lane < MAX_OPERANDS) ready.pointer[lane] = resolve(launch, f.operand, s.health.epoch);
+  if (lane < MAX_OPERANDS) ready.pointer[lane] = resolve(launch, f.operand, epoch);
   if (lane < MAX_WAITS) {
     s.wait[lane] = f.wait;
     ready.signal[lane] = f.signal;
@@ -220,6 +225,15 @@ MPK_DEVICE void watch(SharedState<C>& s, u32 turn) {
   report_pending(s.health);
 }
 
+// What hangs may be the task before, that the consumers are at: then it is reported.
+template <class C>
+MPK_DEVICE bool report_consumers(SharedState<C>& s, u32 turn) {
+  Ready& before = s.ready[(turn - 1) & 1];
+  if (!turn || ptx::mbarrier_test(&before.done, parity_of(turn - 1))) return false;
+  report(s.health, s.health.streaming ? kRingFill : kPublish, before.task.id, 0, 1, 0);
+  return true;
+}
+
 // Poll the task's events, in their order.
 template <class C>
 MPK_DEVICE void await_events(SharedState<C>& s, const u32* control, u32 turn) {
@@ -233,74 +247,128 @@ MPK_DEVICE void await_events(SharedState<C>& s, const u32* control, u32 turn) {
     u32 seen;
     while (static_cast<i32>((seen = ptx::load_acquire(counter)) - needed) < 0) {
       if (patience.give_up(s.health, expired)) {
-        Ready& before = s.ready[(turn - 1) & 1];  // what hangs may be the task that the consumers are at
-        if (expired && turn && !ptx::mbarrier_test(&before.done, parity_of(turn - 1)))
-          report(s.health, s.health.streaming ? kRingFill : kPublish, before.task.id, 0, 1, 0);
-        else if (expired) report(s.health, kEvent, ready.task.id, wait.slot, needed, seen);
+        if (expired && !report_consumers(s, turn)) report(s.health, kEvent, ready.task.id, wait.slot, needed, seen);
         return;
       }
     }
   }
 }
 
-template <class C, class L>
-MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) {
-  const u32 lane = threadIdx.x & 31;
-  const u32* control = reinterpret_cast<const u32*>(launch.fixed.control);
-  const u32 last = queue.task + queue.task_count - 1;
-  u32 after = 0;
-  Fetch next{};
-  if (queue.task_count) {
-    next = fetch_lists(launch, fetch_words(launch, queue.task));
-    after = fetch_words(launch, min(queue.task + 1, last));
-  }
-  for (u32 i = 0; i < queue.task_count; ++i) {
-    Ready& ready = s.ready[i & 1];
-    if (i > 1 && lane == 0) watch(s, i - 2);
-    __syncwarp();
-    unpack(launch, s, ready, next);
-    if (lane == 0) ptx::mbarrier_arrive(&ready.fetched);
-    next = fetch_lists(launch, after);
-    after = fetch_words(launch, min(queue.task + i + 2, last));
-    if (lane == 0) {
-      await_events(s, control, i);
-      report_pending(s.health);
-      ready.stop = s.health.aborted;
-      ptx::mbarrier_arrive(&ready.come);
+// Wait until every worker is done with the step before, and tell the consumers. Waits inside a step have the same bound
+// and know better what is missing: this one gives them a second term.
+template <class C>
+MPK_DEVICE void begin_step(SharedState<C>& s, const u32* control, u32 turn, u32 epoch) {
+  Patience patience;
+  bool expired, again = false;
+  u32 seen;
+  while (static_cast<i32>((seen = ptx::load_acquire(control + CONTROL_EPOCH)) - epoch) < 0) {
+    if (!patience.give_up(s.health, expired)) continue;
+    if (expired && !again) {
+      again = true;
+      patience = Patience();
+      continue;
     }
-    __syncwarp();
-    if (ready.stop) return;
+    if (expired && !report_consumers(s, turn)) report(s.health, kStep, ~0u, 0, epoch, seen);
+    break;
   }
-  if (lane == 0)
-    for (u32 i = queue.task_count < 2 ? 0 : queue.task_count - 2; i < queue.task_count; ++i) watch(s, i);
+  report_pending(s.health);
+  s.health.epoch = epoch;
+  s.step = s.step + 1;
+  s.health.ended = s.health.aborted || ptx::load_relaxed(control + CONTROL_LAST) == epoch;
+  ptx::mbarrier_arrive(&s.begun);
 }
 
-template <class C, class P, class L>
-MPK_DEVICE void consume(const L& launch, SharedState<C>& s, const Queue& queue) {
-  u32 position = 0;
-  u32* control = reinterpret_cast<u32*>(launch.fixed.control);
-  // Sentinels into the set of flagged buffers that the next launch uses; the end of this one orders them.
-  ptx::Vec4* clean = reinterpret_cast<ptx::Vec4*>(launch.fixed.flagged + (s.health.epoch & 1 ? 0 : launch.fixed.flagged_bytes));
-  for (u64 i = blockIdx.x * kConsumers + threadIdx.x; i < launch.fixed.flagged_bytes / 16; i += gridDim.x * kConsumers)
-    clean[i] = {~0u, ~0u, ~0u, ~0u};
-  for (u32 i = 0; i < queue.task_count; ++i) {
-    Ready& ready = s.ready[i & 1];
-    while (!ptx::mbarrier_test(&ready.fetched, parity_of(i))) {}
-    position = P::run(ready.task.op, i, position);
-    if (ready.stop) break;
-    const Context<C> context(i, position);
-    context.mark(kComputed);
-    // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
-    // gpu-scope release is cumulative.
-    const u32 signals = ready.task.signal_count;
-    if (signals) context.barrier();
-    for (u32 k = threadIdx.x; k < signals; k += kConsumers) {
-      const u32 slot = k < MAX_WAITS ? ready.signal[k] : table<Signal>(launch, TABLE_SIGNALS)[ready.task.signals + k].slot;
-      ptx::red_add_release(control + CONTROL_EVENTS + slot * EVENT_STRIDE, 1);
+template <class C, class L>
+MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) {
+  const u32 lane = threadIdx.x & 31, count = queue.task_count, steps = launch.fixed.steps, start = s.health.epoch;
+  const u32* control = reinterpret_cast<const u32*>(launch.fixed.control);
+  __syncwarp();  // every lane has read the epoch before the first lane advances it
+  if (!count) {
+    for (u32 step = 1; step < steps && !s.health.ended; ++step) {
+      if (lane == 0) begin_step(s, control, 0, start + step);
+      __syncwarp();
     }
-    context.mark(kSignalled);
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ready.done);
+    return;
+  }
+  Fetch next = fetch_lists(launch, fetch_words(launch, queue.task));
+  u32 place = count > 1, turn = 0;  // place in the queue of what is fetched: the first task of the next step follows the last
+  u32 after = fetch_words(launch, queue.task + place);
+  for (u32 step = 0; step < steps; ++step) {
+    for (u32 i = 0; i < count; ++i, ++turn) {
+      Ready& ready = s.ready[turn & 1];
+      if (turn > 1 && lane == 0) watch(s, turn - 2);
+      __syncwarp();
+      unpack(launch, s, ready, next, start + step);
+      if (lane == 0) ptx::mbarrier_arrive(&ready.fetched);
+      next = fetch_lists(launch, after);
+      if (++place >= count) place = 0;
+      after = fetch_words(launch, queue.task + place);
+      if (lane == 0) {
+        if (step && i == 0) begin_step(s, control, turn, start + step);
+        await_events(s, control, turn);
+        report_pending(s.health);
+        ready.stop = s.health.aborted;
+        ptx::mbarrier_arrive(&ready.come);
+      }
+      __syncwarp();
+      if (ready.stop || s.health.ended) return;
+    }
+  }
+  if (lane == 0)
+    for (u32 i = turn < 2 ? 0 : turn - 2; i < turn; ++i) watch(s, i);
+}
+
+// A worker is done with a step. The last one opens the next, or ends the launch when the step said so.
+template <class L>
+MPK_DEVICE void end_step(const L& launch, u32 epoch) {
+  u32* control = reinterpret_cast<u32*>(launch.fixed.control);
+  if (ptx::atomic_add_acq_rel(control + CONTROL_DONE, 1) + 1 != (epoch + 1) * gridDim.x) return;
+  const u32* done = reinterpret_cast<const u32*>(launch.fixed.done);
+  if (done && ptx::load_relaxed(done)) ptx::store_relaxed(control + CONTROL_LAST, epoch + 1);
+  ptx::store_release(control + CONTROL_EPOCH, epoch + 1);
+}
+
+// Little lives across a task body, whose registers it would cost: what holds for a whole step is in shared memory, and
+// stays until the worker has ended the step.
+template <class C, class P, class L>
+MPK_DEVICE void consume(const L& launch, SharedState<C>& s, u32 count) {
+  u32 position = 0, turn = 0, end = count;
+  u32* control = reinterpret_cast<u32*>(launch.fixed.control);
+  for (;;) {
+    // Sentinels into the set of flagged buffers that the next step uses; the end of this one orders them.
+    ptx::Vec4* clean = reinterpret_cast<ptx::Vec4*>(launch.fixed.flagged + (s.health.epoch & 1 ? 0 : launch.fixed.flagged_bytes));
+    for (u64 i = blockIdx.x * kConsumers + threadIdx.x; i < launch.fixed.flagged_bytes / 16; i += gridDim.x * kConsumers)
+      clean[i] = {~0u, ~0u, ~0u, ~0u};
+    for (; turn < end; ++turn) {
+      Ready& ready = s.ready[turn & 1];
+      while (!ptx::mbarrier_test(&ready.fetched, parity_of(turn))) {}
+      position = P::run(ready.task.op, turn, position);
+      if (ready.stop) return;
+      const Context<C> context(turn, position);
+      context.mark(kComputed);
+      // All consumers' stores, then the signals: the barrier makes them observed by the signalling threads, whose
+      // gpu-scope release is cumulative.
+      const u32 signals = ready.task.signal_count;
+      if (signals) context.barrier();
+      for (u32 k = threadIdx.x; k < signals; k += kConsumers) {
+        const u32 slot = k < MAX_WAITS ? ready.signal[k] : table<Signal>(launch, TABLE_SIGNALS)[ready.task.signals + k].slot;
+        ptx::red_add_release(control + CONTROL_EVENTS + slot * EVENT_STRIDE, 1);
+      }
+      context.mark(kSignalled);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ready.done);
+    }
+    const u32 step = s.step;
+    if (step + 1 == launch.fixed.steps) return;
+    ptx::barrier(kBarConsumers, kConsumers);  // all consumers' stores, then the arrival, as for a signal
+    if (threadIdx.x == 0) end_step(launch, s.health.epoch);
+    end += table<Queue>(launch, TABLE_QUEUES)[blockIdx.x].task_count;
+    while (!ptx::mbarrier_test(&s.begun, step & 1)) {}
+    if (s.health.ended) {
+      // the loader may be waiting for a slot that nobody will read
+      if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&s.ring.empty[Cursor<C::SLOTS>::unpack(position).index]);
+      return;
+    }
   }
 }
 
@@ -312,7 +380,10 @@ MPK_DEVICE void megakernel(const L& launch) {
   if (threadIdx.x == 0) {
     s.ring.init();
     for (Ready& ready : s.ready) ready.init();
+    ptx::mbarrier_init(&s.begun, 1);
     s.health.aborted = 0;
+    s.health.ended = 0;
+    s.step = 0;
     s.health.pending = 0;
     s.health.streaming = 0;
     s.health.abort_flag = control_block + CONTROL_ABORT;
@@ -333,18 +404,15 @@ MPK_DEVICE void megakernel(const L& launch) {
   const u32 warp = threadIdx.x / 32;
   if (warp == kLoaderWarp) loader(launch, s, queue);
   else if (warp == kControlWarp) control(launch, s, queue);
-  else consume<C, P>(launch, s, queue);
+  else consume<C, P>(launch, s, queue.task_count);
   __syncthreads();
-  // The last worker of this launch ends the epoch: by then every worker has read it.
   if (threadIdx.x == 0) {
     if (s.profile) {
       Profile& worker = (s.profile - gridDim.x)[blockIdx.x];
       worker.clock[2] = ptx::clock();
       worker.clock[3] = ptx::global_timer();
     }
-    const u32 epoch = s.health.epoch;
-    if (ptx::atomic_add_acq_rel(control_block + CONTROL_DONE, 1) + 1 == (epoch + 1) * gridDim.x)
-      ptx::store_relaxed(control_block + CONTROL_EPOCH, epoch + 1);
+    if (!s.health.ended) end_step(launch, s.health.epoch);
   }
 }
 

@@ -88,6 +88,9 @@ MPK_DEVICE u32 load_relaxed(const u32* p) {
 MPK_DEVICE void store_relaxed(u32* p, u32 v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+MPK_DEVICE void store_release(u32* p, u32 v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 MPK_DEVICE u32 compare_swap_system(u32* p, u32 expected, u32 desired) {
   u32 old;
   asm volatile("atom.relaxed.sys.global.cas.b32 %0, [%1], %2, %3;" : "=r"(old) : "l"(p), "r"(expected), "r"(desired) : "memory");

@@ -42,6 +42,7 @@ MPK_DEVICE bool wait_barrier(R&, u64* bar, u32 parity, Health& h, u32 kind, u32 
   Patience patience;
   bool expired;
   while (!ptx::mbarrier_test(bar, parity)) {
+    if (h.ended) return false;
     if (patience.give_up(h, expired)) {
       if (expired) report(h, kind, ~0u, slot, parity, 0);
       return false;
