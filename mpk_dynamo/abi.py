@@ -113,8 +113,7 @@ LAUNCH_FIXED = Struct(
         ("flight", "u32", 1),  # ring slots a loader may have in flight
         ("flight_waiting", "u32", 1),  # the same while its worker waits for an event
         ("done", "u64", 1),  # device address of an i64: a step that leaves it other than 0 is the last; or 0
-        ("steps", "u32", 1),  # at most so many steps
-        ("pad", "u32", 1),
+        ("steps", "u64", 1),  # at most so many steps, at least 1
     ),
 )
 """The kernel's one parameter is `struct Launch { LaunchFixed; u64 pointers[BINDINGS]; }`: this, then 8 bytes for

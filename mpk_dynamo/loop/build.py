@@ -152,7 +152,10 @@ def _record(loop: _Builder, fed: Buffer, chosen: Buffer, batch: int, vocab: int,
     """Write down the token of each sequence, and whether it finishes it."""
     b, e, other = var("i0", batch), var("r0", MAX_EOS), var("r0", batch)
     finished = loop.add(BufferKind.STATE, "loop.finished", DType.BOOL, batch)
-    pad, eos = loop.add(BufferKind.INPUT, "loop.pad", DType.I64, 1), loop.add(BufferKind.INPUT, "loop.eos", DType.I64, MAX_EOS)
+    pad, eos = (
+        loop.add(BufferKind.INPUT, "loop.pad", DType.I64, 1),
+        loop.add(BufferKind.INPUT, "loop.eos", DType.I64, MAX_EOS),
+    )
     step = loop.buffers.get("loop.step") or loop.add(BufferKind.STATE, "loop.step", DType.I64)
     everything = loop.add(BufferKind.STATE, "loop.tokens", DType.I64, batch, CAPACITY)
     token = loop.add(BufferKind.SCRATCH, "loop.token", DType.I64, batch)

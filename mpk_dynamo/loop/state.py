@@ -194,9 +194,7 @@ class LoopState:
         self.done.fill_(self.finished.all())
         return token
 
-    def rewind(
-        self, step: int, finished: torch.Tensor | None = None, seen_ids: torch.Tensor | None = None
-    ) -> None:
+    def rewind(self, step: int, finished: torch.Tensor | None = None, seen_ids: torch.Tensor | None = None) -> None:
         """Go back to when `step` tokens were chosen. finished: [B] bool, as it was then (default: from the tokens that
         are left). seen_ids: [B, T], every id that counts as seen by then."""
         now, _ = self.read()

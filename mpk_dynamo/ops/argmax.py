@@ -60,7 +60,7 @@ class ArgmaxOperator:
     name = "argmax"
 
     def tile(self, node: Argmax, graph: Graph, workers: int) -> Tiling:
-        """As many parts as there are workers, in all rows together. Raises ValueError when buffers do not fit the node."""
+        """As many parts as there are workers, in all rows. Raises ValueError when buffers do not fit the node."""
         x, out = graph.buffers[node.x], graph.buffers[node.out]
         check_rows(node, x, out)
         rows, columns = x.shape
@@ -70,7 +70,10 @@ class ArgmaxOperator:
         tasks = []
         for row in range(rows):
             for part, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
-                read, written = Access(node.x, ((row, row + 1), (a, b))), Access(best.name, ((row, row + 1), (part, part + 1)))
+                read, written = (
+                    Access(node.x, ((row, row + 1), (a, b))),
+                    Access(best.name, ((row, row + 1), (part, part + 1))),
+                )
                 moved = (b - a) * x.dtype.itemsize + 8
                 tasks.append(TileSpec("argmax_part", (row, a, b, part), (read,), (written,), moved, b - a))
         for row in range(rows):
@@ -113,7 +116,10 @@ class ArgmaxOperator:
 
     def device_forms(self, node: Argmax, buffers: Mapping[str, Buffer]) -> dict[str, DeviceForm]:
         """Reductions over all consumers use 128 bytes of scratch (group.cuh)."""
-        traits = row_traits(node, buffers[node.x], buffers[node.out]) + f" static constexpr int PARTS = {self._parts(node, buffers)};"
+        traits = (
+            row_traits(node, buffers[node.x], buffers[node.out])
+            + f" static constexpr int PARTS = {self._parts(node, buffers)};"
+        )
         source, best = '#include "mpk/tasks/argmax.cuh"\n', f"{node.name}.best"
         return {
             "argmax_part": DeviceForm("argmax_part", source, traits, (node.x, best), scratch=128),

@@ -67,7 +67,7 @@ class ChoiceOperator:
     name = "choice"
 
     def tile(self, node: Choice, graph: Graph, workers: int) -> Tiling:
-        """As many parts as there are workers, in all rows together. Raises ValueError when buffers do not fit the node."""
+        """As many parts as there are workers, in all rows. Raises ValueError when buffers do not fit the node."""
         x, out = graph.buffers[node.x], graph.buffers[node.out]
         check_rows(node, x, out)
         rows, columns = x.shape
@@ -136,7 +136,9 @@ class ChoiceOperator:
         x = buffers[node.x]
         if x.shape[1] > MAX_COLUMNS:
             raise Unsupported(f"sampling from {x.shape[1]} columns; {MAX_COLUMNS} are possible", origin=node.origin)
-        flags = ", ".join(f"{s.upper()} = {'true' if getattr(node, s) else 'false'}" for s in ("top_k", "top_p", "min_p"))
+        flags = ", ".join(
+            f"{s.upper()} = {'true' if getattr(node, s) else 'false'}" for s in ("top_k", "top_p", "min_p")
+        )
         traits = f"{row_traits(node, x, buffers[node.out])} static constexpr bool {flags};"
         source, largest = '#include "mpk/tasks/choice.cuh"\n', f"{node.name}.largest"
         operands = node.x, largest, node.numbers, node.key, node.step, node.sequences, node.out

@@ -1,4 +1,4 @@
-"""How a token is drawn from a row of scores: in integers and separately rounded fp32, so that every machine draws the same.
+"""How a token is drawn from a row of scores: in integers and separately rounded fp32, so that host and device agree.
 
 Each score gets a weight, an integer proportional to its softmax: exp2 by a polynomial whose steps are rounded one by
 one, scaled to 2^44 for the largest score and cut off there. Sums of integers have no order, so a row may be cut in
@@ -82,9 +82,11 @@ def pick(kept: torch.Tensor, uniform: int) -> int:
     return int(torch.searchsorted(kept.cumsum(0), (uniform * total) >> 64, right=True))
 
 
-def draw(scores: torch.Tensor, stages: frozenset[str], numbers: torch.Tensor, key: int, step: int, sequence: int) -> int:
-    """The column drawn from one row of `scores` [V], float. stages: which of top_k, top_p, min_p apply; numbers: f64, see
-    NUMBERS; key, step, sequence: 64-bit integers that name the random number."""
+def draw(
+    scores: torch.Tensor, stages: frozenset[str], numbers: torch.Tensor, key: int, step: int, sequence: int
+) -> int:
+    """The column drawn from one row of `scores` [V], float. stages: which of top_k, top_p, min_p apply; numbers: f64,
+    see NUMBERS; key, step, sequence: 64-bit integers that name the random number."""
     return pick(kept_weights(scores, stages, numbers), uniform64(key, step, sequence))
 
 

@@ -42,7 +42,7 @@ class Binding:
         # numpy aligns it to 16 bytes; C++ has no array of 0 pointers
         self._memory = np.zeros(_FIXED_BYTES // 8 + max(count, 1), "<u8")
         self.fixed = self._memory[: _FIXED_BYTES // 8].view(abi.LAUNCH_FIXED.dtype)
-        for name, value in {**fixed, "steps": 1}.items():
+        for name, value in {"steps": 1, **fixed}.items():
             self.fixed[name] = value
         self._loop = (1, 0)
         self.words = memoryview(self._memory)[_FIXED_BYTES // 8 :].cast("B").cast("Q")

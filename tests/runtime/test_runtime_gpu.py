@@ -148,7 +148,7 @@ def test_a_fault_makes_the_round_trip(executable):
     args[1].fill_(-1.0)
     run(*args)
     torch.cuda.synchronize()
-    with pytest.raises(DeviceFault, match=r"worker 1, task 1 \(model\.copy#copy\[0\]\).*needed 5, seen 1.*launch 0"):
+    with pytest.raises(DeviceFault, match=r"worker 1, task 1 \(model\.copy#copy\[0\]\).*needed 5, seen 1.*step 0"):
         executable.check_fault()
     with pytest.raises(DeviceFault, match="worker 1"):
         run(*tensors())

@@ -53,6 +53,7 @@ def with_outputs(program, *outputs):
 def test_the_parameter_is_the_abi_struct_and_the_pointers():
     fixed = {"tables": list(range(1, len(abi.TABLES) + 1)), "arena": 1 << 40, "control": 7, "fault": 8, "profile": 9}
     fixed |= {"timeout_ns": (1 << 63) + 5, "flight": 4, "flight_waiting": 1, "flagged": 1 << 41, "flagged_bytes": 512}
+    fixed |= {"steps": 1, "done": 0}
     binding = Binding(fixed, 3, None, ())
     binding.bind([11, (1 << 64) - 1, 13])
     record = np.frombuffer(binding.bytes, abi.LAUNCH_FIXED.dtype, count=1)[0]
@@ -276,7 +277,7 @@ def test_a_fault_names_worker_task_event_and_module():
         executable.check_fault()
     text = str(caught.value)
     assert "worker 1, task 1 (model.copy#copy[0])" in text
-    assert "event 0 in slot 0, which model.add#add[0] signal, needed 5, seen 1 (4 signals missing), launch 0" in text
+    assert "event 0 in slot 0, which model.add#add[0] signal, needed 5, seen 1 (4 signals missing), step 0" in text
     assert caught.value.origin == "model.copy" and "timeout_s" in text
 
 
@@ -316,6 +317,18 @@ def flagged_program():
     return dataclasses.replace(program, schedule=schedule)
 
 
+def test_a_launch_of_several_steps_says_how_many_and_what_ends_it():
+    executable = make()
+    w, x, _, n = tensors()
+    held = torch.empty(toy_program.SIZE), w, n, x
+    bound = [t.data_ptr() for t in held]
+    for steps, done in ((7, 0x600), (1, 0), (2, 0x700)):
+        with executable.prepared(steps, done) as binding:
+            binding.bind(bound)
+        record = np.frombuffer(binding.bytes, abi.LAUNCH_FIXED.dtype, count=1)[0]
+        assert (record["steps"], record["done"]) == (steps, done)
+
+
 def test_both_sets_of_flagged_buffers_hold_the_sentinel_at_first():
     executable = make(program=flagged_program())
     w, x, _, n = tensors()
@@ -338,14 +351,14 @@ def test_an_unpublished_value_names_buffer_and_writer():
     record = {"state": 2, "kind": 5, "worker": 1, "task": 1, "slot": 0, "needed": 1, "seen": 0, "epoch": 7}
     text = str(explain(record, flagged_program()))
     assert "task 1 (model.copy#copy[0]): a value was not published" in text
-    assert "an element of t, written by model.add#add[0], launch 7" in text and "timeout_s" in text
+    assert "an element of t, written by model.add#add[0], step 7" in text and "timeout_s" in text
 
 
 @pytest.mark.parametrize("kind", range(len(abi.FAULT_KINDS) + 1))
 def test_every_kind_of_fault_has_words(kind):
     record = {"state": 2, "kind": kind, "worker": 9, "task": 99, "slot": 4, "needed": 8, "seen": 0xFFFFFFFF, "epoch": 3}
     text = str(explain(record, toy_program.program()))
-    assert "worker 9, task 99" in text and "launch 3" in text and "->" in text
+    assert "worker 9, task 99" in text and "step 3" in text and "->" in text
     if kind < len(abi.FAULT_KINDS):
         assert abi.FAULT_KINDS[kind] in text
     if kind == 4:

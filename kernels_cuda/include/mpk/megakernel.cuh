@@ -142,7 +142,7 @@ MPK_DEVICE void loader(const L& launch, SharedState<C>& s, const Queue& queue) {
 #endif
   bool fine = true;
   // Past the end of a step as past that of a task: no step writes what is streamed.
-  for (u32 step = 0; step < launch.fixed.steps && fine; ++step) {
+  for (u32 step = 0; step < static_cast<u32>(launch.fixed.steps) && fine; ++step) {
     for (u32 first = 0; first < queue.run_count && fine; first += 32) {
       __syncwarp();
       if (first + lane < queue.run_count) {
@@ -280,7 +280,7 @@ MPK_DEVICE void begin_step(SharedState<C>& s, const u32* control, u32 turn, u32 
 
 template <class C, class L>
 MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) {
-  const u32 lane = threadIdx.x & 31, count = queue.task_count, steps = launch.fixed.steps, start = s.health.epoch;
+  const u32 lane = threadIdx.x & 31, count = queue.task_count, steps = static_cast<u32>(launch.fixed.steps), start = s.health.epoch;
   const u32* control = reinterpret_cast<const u32*>(launch.fixed.control);
   __syncwarp();  // every lane has read the epoch before the first lane advances it
   if (!count) {
@@ -359,7 +359,7 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, u32 count) {
       if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ready.done);
     }
     const u32 step = s.step;
-    if (step + 1 == launch.fixed.steps) return;
+    if (step + 1 == static_cast<u32>(launch.fixed.steps)) return;
     ptx::barrier(kBarConsumers, kConsumers);  // all consumers' stores, then the arrival, as for a signal
     if (threadIdx.x == 0) end_step(launch, s.health.epoch);
     end += table<Queue>(launch, TABLE_QUEUES)[blockIdx.x].task_count;

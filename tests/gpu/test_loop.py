@@ -1,0 +1,145 @@
+"""Several steps in one launch: the same tokens for every number of steps, as the reference executor's; the end of all
+sequences; sampling; faults."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import DEVICE, ON_GPU, Step, emit, gpu, kernel_only, lower, target
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from loops import Decoding, model_of  # noqa: E402
+
+from mpk_dynamo.errors import DeviceFault  # noqa: E402
+from mpk_dynamo.ir.types import DType  # noqa: E402
+from mpk_dynamo.loop import Sampling  # noqa: E402
+from mpk_dynamo.ops.choice import Choice  # noqa: E402
+from mpk_dynamo.ops.draw import draw  # noqa: E402
+from mpk_dynamo.ops.sampling import Sample  # noqa: E402
+from mpk_dynamo.runtime import build  # noqa: E402
+from mpk_dynamo.verify.tables import decode  # noqa: E402
+
+pytestmark = gpu
+GREEDY = Sampling()
+SAMPLED = Sampling(do_sample=True, temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.2)
+LAUNCHES = ([14], [1] * 14, [2] * 7, [7, 7], [3, 1, 10])
+
+
+@pytest.fixture(scope="module")
+def options(cache_dir):
+    return {"cache_dir": str(cache_dir), "timeout_s": 2.0}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family, batch", [("llama", 1), ("qwen3", 3)])
+def test_every_number_of_steps_gives_the_tokens_of_the_reference(family, batch, sampling, options):
+    pads = tuple(range(batch))
+    reference = Decoding(model_of(family), sampling, batch, pads, device="reference").generate([14])
+    decoding = Decoding(model_of(family, device=DEVICE), sampling, batch, pads, **options)
+    for launches in LAUNCHES:
+        found = decoding.generate(launches)
+        assert found.ran == launches
+        assert torch.equal(found.tokens, reference.tokens)
+        for name in ("positions", "masks"):
+            assert torch.equal(found.fed[name][0].cpu(), reference.fed[name][0])
+        lengths = [int(layer.cumulative_length) for layer in found.cache.layers]
+        assert lengths == [int(layer.cumulative_length) for layer in reference.cache.layers]
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_launch_in_bf16_repeats_bit_for_bit(batch, options):
+    decoding = Decoding(model_of("llama", torch.bfloat16, DEVICE), SAMPLED, batch, **options)
+    first = decoding.generate([40])
+    for launches in ([40], [8] * 5, [13, 27]):
+        again = decoding.generate(launches)
+        assert torch.equal(again.tokens, first.tokens)
+        for a, b in zip(again.cache.layers, first.cache.layers, strict=True):
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+
+
+def test_the_launch_ends_when_all_sequences_are_finished(options):
+    decoding = Decoding(model_of("llama", device=DEVICE), SAMPLED, 3, **options)
+    free = decoding.generate([30]).tokens
+    eos = [int(free[0, 5]), int(free[1, 12]), int(free[2, 9])]
+    found = decoding.generate([10, 30, 5], eos=eos)
+    last = max(next(i for i, t in enumerate(row.tolist()) if t in eos) for row in free)
+    assert sum(found.ran) == last and found.ran[-1] == 0 and found.state.read() == (last + 1, True)
+    for row, whole in zip(found.tokens.tolist(), free.tolist(), strict=True):
+        end = next(i for i, t in enumerate(whole) if t in eos)
+        assert row == whole[: end + 1] + [0] * (last - end)
+    again = decoding.generate([30])  # the loader gave up in the middle of its weights: the next launch starts afresh
+    assert torch.equal(again.tokens, free)
+
+
+def scores(kind: str, rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(vocab + rows)
+    x = torch.randn(rows, vocab, generator=generator) * 3
+    if kind == "flat":
+        x = x * 0.01
+    if kind == "ties":
+        x = (x * 2).round() / 2
+    if kind == "infinite":
+        x[:, ::3], x[0, 1] = float("-inf"), float("nan")
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("stages", ["", "top_k", "top_p", "min_p", "top_k top_p", "top_k top_p min_p"])
+@pytest.mark.parametrize("vocab, dtype", [(151936, DType.F32), (50257, DType.BF16), (300, DType.F32)])
+def test_the_drawn_tokens_are_those_of_the_definition(stages, vocab, dtype, cache_dir):
+    rows, names = 16, tuple(stages.split())
+    s = Sample()
+    x, numbers = s.input("x", dtype, rows, vocab), s.input("numbers", DType.F64, 5)
+    key, step, sequence = s.input("key", DType.I64, 1), s.input("step", DType.I64), s.input("sequences", DType.I64, rows)
+    out = s.output("out", DType.I64, rows)
+    node, graph = s.graph(Choice("choice", x, numbers, key, step, sequence, out, **dict.fromkeys(names, True)))
+    made = lower(graph, target().sm_count)
+    program = emit(made) if ON_GPU else None
+    run = Step(made, build(program, target(), cache_dir=cache_dir) if ON_GPU else None, program)
+    torch_dtype = {DType.F32: torch.float32, DType.BF16: torch.bfloat16}[dtype]
+    sequences = torch.arange(rows) * 977 + (1 << 40)
+    for kind, top_k, top_p, min_p in (
+        ("normal", 50, 0.95, 0.05),
+        ("flat", 7, 0.5, 0.9),
+        ("ties", 20, 0.8, 0.01),
+        ("infinite", 700, 0.999, 0.0),
+    ):
+        values = scores(kind, rows, vocab, torch_dtype)
+        given = torch.tensor([1.0, top_k, top_p, min_p, 1.0], dtype=torch.float64)
+        for n in range(3):
+            tensors = {
+                "x": values,
+                "numbers": given,
+                "key": torch.tensor([n * 12345678901]),
+                "step": torch.tensor(n),
+                "sequences": sequences,
+            }
+            got = run({name: t.to(DEVICE) for name, t in tensors.items()})["out"].tolist()
+            want = [
+                draw(row, frozenset(names), given, n * 12345678901, n, q)
+                for row, q in zip(values, sequences.tolist(), strict=True)
+            ]
+            assert got == want, (kind, n)
+
+
+@kernel_only
+def test_a_signal_lost_in_a_later_step_is_a_fault(cache_dir):
+    decoding = Decoding(model_of("llama", device=DEVICE), GREEDY, 1, cache_dir=str(cache_dir), timeout_s=0.3)
+    decoding.generate([4])
+    callable_ = decoding._loop._run.__self__
+    executable = callable_.executable
+    table = decode(executable.program)["waits"].copy()
+    # counts one higher are reached one step late at first: the second step of a launch waits for ever
+    offset = executable._fixed["tables"][2]
+    start = offset - executable._tables.data_ptr()
+    table["count"][:] += 1
+    executable._tables[start : start + table.nbytes].copy_(
+        torch.frombuffer(bytearray(table.tobytes()), dtype=torch.uint8)
+    )
+    with pytest.raises(DeviceFault, match="an event did not arrive"):
+        decoding.generate([20])
+    works = torch.ones(3, device=DEVICE) * 2
+    assert works.sum().item() == 6
