@@ -120,13 +120,13 @@ def _source(kinds: dict[tuple[str, str], int], used: list[Body], slot_bytes: int
     sources = [s.replace("#pragma once\n", "") for s in dict.fromkeys(body.source for body in used) if s]
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
     # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 2 % of a step is saved;
-    # larger ones spill unless each is a function, and so may what is there beside them.
+    # larger ones spill unless each is a function.
     small = all(call != "linear_mma" and "using Element = float;" not in text for call, text in kinds)
-    alone = {(body.call, body.text) for body in used if body.source}
+    kind_of_call = "MPK_DEVICE" if small else "__device__ __noinline__"
     runs = [
-        f"{'MPK_DEVICE' if small and key not in alone else '__device__ __noinline__'} u32 run{i}(u32 turn, u32 position) {{ Context<Config> c(turn, position); "
-        f"{key[0]}<Kind{i}>(c); return c.ring.at.pack(); }}"
-        for key, i in kinds.items()
+        f"{kind_of_call} u32 run{i}(u32 turn, u32 position) {{ Context<Config> c(turn, position); "
+        f"{call}<Kind{i}>(c); return c.ring.at.pack(); }}"
+        for (call, _), i in kinds.items()
     ]
     cases = [f"      case {i}: return run{i}(turn, position);" for i in kinds.values()]
     scratch = [str(max([256, *(body.scratch for body in used)]))] + [

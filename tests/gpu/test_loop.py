@@ -93,8 +93,8 @@ def test_the_drawn_tokens_are_those_of_the_definition(stages, vocab, dtype, cach
     rows, names = 16, tuple(stages.split())
     s = Sample()
     x, numbers = s.input("x", dtype, rows, vocab), s.input("numbers", DType.F64, 5)
-    key, step, sequence = s.input("key", DType.I64, 1), s.input("step", DType.I64), s.input("sequences", DType.I64, rows)
-    out = s.output("out", DType.I64, rows)
+    key, step = s.input("key", DType.I64, 1), s.input("step", DType.I64)
+    sequence, out = s.input("sequences", DType.I64, rows), s.output("out", DType.I64, rows)
     node, graph = s.graph(Choice("choice", x, numbers, key, step, sequence, out, **dict.fromkeys(names, True)))
     made = lower(graph, target().sm_count)
     program = emit(made) if ON_GPU else None
