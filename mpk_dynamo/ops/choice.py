@@ -1,8 +1,8 @@
 """Choice: the next token, drawn at random. draw.py says what is drawn.
 
 Task kinds: `choice_part`, tile = (row, first, last), finds the largest score of each of a range of groups of 64
-columns; `choice`, tile = (row,), draws. The groups tell the draw where the large scores are: with top-k, or a nucleus of a few
-hundred tokens, it looks at few columns; otherwise it reads the row several times.
+columns; `choice`, tile = (row,), draws. The groups tell the draw where the large scores are: with top-k, or a
+nucleus of a few hundred tokens, it looks at few columns; otherwise it reads the row several times.
 """
 
 from __future__ import annotations
