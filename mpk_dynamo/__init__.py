@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "enable": "mpk_dynamo.opt_in",
     "disable": "mpk_dynamo.opt_in",
+    "custom_generate": "mpk_dynamo.generate.hf",
     "explain": "mpk_dynamo.tools.explain",
     "reports": "mpk_dynamo.report",
     "clear_reports": "mpk_dynamo.report",
@@ -37,6 +38,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "clear_reports",
+    "custom_generate",
     "disable",
     "enable",
     "explain",
@@ -45,6 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .errors import CompileError, DeviceFault, LaunchError, MpkError, OptionError, Unsupported, VerificationError
+    from .generate.hf import custom_generate
     from .opt_in import disable, enable
     from .report import clear_reports, reports
     from .settings import Settings

@@ -44,6 +44,10 @@ class Settings:
     flight_waiting: int = _option(2, "the same while its worker waits for an event", minimum=1)
     profile: str = _option("", "folder that receives a timeline of each kernel: trace, report, figures")
     profile_call: int = _option(10, "the first call of a kernel that is recorded for it, of five in a row", minimum=1)
+    loop_steps: int = _option(
+        0, "decode steps per launch inside generate(); 0: grows until a launch takes 0.1 s, 0.025 s with a streamer",
+        minimum=0,
+    )
     timeout_s: float = _option(10.0, "bound of every wait on the device, in seconds", minimum=0.001)
 
     @staticmethod

@@ -136,7 +136,7 @@ def _numeric_nodes(gm: torch.fx.GraphModule) -> set[torch.fx.Node]:
     return found
 
 
-def _only_returned(gm: torch.fx.GraphModule) -> set[torch.fx.Node]:
+def free_numbers(gm: torch.fx.GraphModule) -> set[torch.fx.Node]:
     """The numbers among the inputs that no tensor depends on."""
     numeric = _numeric_nodes(gm)
     used: set[torch.fx.Node] = set()  # numbers that reach something other than a number or the output
@@ -150,7 +150,7 @@ def size_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     """A function of the graph's arguments: the sizes and numbers, among those that are symbolic, that tensors depend
     on. Nothing is guarded."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    free = _only_returned(gm)
+    free = free_numbers(gm)
     inputs = list(enumerate(zip(placeholders, example_inputs, strict=True)))
     numbers = [k for k, (n, v) in inputs if isinstance(v, NUMBERS) and n not in free]
     symbolic = {k for k, (n, _) in inputs if _symbols(n.meta.get("example_value"))}
@@ -183,7 +183,7 @@ def changes_per_call(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) ->
         for size in value.shape if isinstance(value, torch.Tensor) else ():
             if isinstance(size, torch.SymInt) and any(_is_more(size.node.expr, x) for x in sizes):
                 return True
-    free = _only_returned(gm)
+    free = free_numbers(gm)
     return any(
         isinstance(v, _SYMBOLIC) and n not in free and not v.node.expr.free_symbols <= sizes for n, v in values.items()
     )

@@ -25,7 +25,7 @@ def test_every_option_can_be_set_by_its_variable():
     given = {
         "device": "reference", "workers": "3", "fallback": "eager", "dump_dir": "/d", "cache_dir": "/c",
         "target": "sm_80", "flight": "2", "flight_waiting": "2", "timeout_s": "0.5",
-        "profile": "/p", "profile_call": "4",
+        "profile": "/p", "profile_call": "4", "loop_steps": "7",
     }  # fmt: skip
     assert set(given) == {f.name for f in dataclasses.fields(Settings)}
     made = make({f"MPK_{name.upper()}": text for name, text in given.items()})

@@ -1,0 +1,220 @@
+"""A generation's steps: launches of the loop, the first of each segment through Dynamo, the others without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, exceptions_allowed_to_be_fallback
+from torch._dynamo.exc import Unsupported as DynamoUnsupported
+
+from .. import pipeline
+from ..errors import MpkError, Unsupported
+from ..loop import LoopState, Sampling
+from ..report import Report, record
+from ..settings import Settings
+from ..specialize import free_numbers, has_symbols, returned_numbers, size_key
+
+if TYPE_CHECKING:
+    from transformers import CompileConfig, PreTrainedModel
+
+_log = logging.getLogger("mpk_dynamo")
+_ATTRIBUTE = "_mpk_dynamo_compiled"
+
+
+@functools.cache
+def notice(text: str) -> None:
+    """Log `text` as a warning, the first time it is said in this process."""
+    _log.warning("%s", text)
+
+
+@dataclass
+class Segment:
+    """Launches that follow each other without the host touching what the steps are fed.
+
+    inputs: what the model's forward takes for the first of them; the tensors of `fed` among them are advanced by each
+    launch. repeat: launches again, and is None until the first launch is done, or when the graph is for one step only.
+    """
+
+    inputs: dict[str, Any]
+    fed: dict[str, Any]
+    state: LoopState
+    steps: int = 0
+    repeat: Callable[[int], None] | None = None
+
+
+class LoopForward:
+    """A model's forward whose captured graph runs the loop. One per model and set of sampling stages.
+
+    Dynamo's guards are checked by `start`; `repeat` of the segment reuses the arguments that Dynamo handed over.
+    """
+
+    def __init__(self, model: "PreTrainedModel", sampling: Sampling, settings: Settings) -> None:
+        self._sampling, self._settings = sampling, settings
+        self._local = threading.local()
+        # with dynamic=False, a cache that counts its tokens in Python would compile for every length
+        self._forward = torch.compile(_forward_of(model), backend=self._compile, fullgraph=True)
+
+    def start(self, segment: Segment, steps: int) -> None:
+        """The first launch, of up to `steps` steps, or of one where the graph is for the present lengths only.
+
+        Raises Unsupported when the model's step has no loop.
+        """
+        self._local.segment, segment.steps = segment, steps
+        try:
+            self._forward(**segment.inputs, return_dict=True)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, MpkError):
+                raise error.inner_exception from None
+            raise
+        except (DynamoUnsupported, FailOnRecompileLimitHit) as error:  # no single graph, or too many of them
+            first = str(error).strip().split("\n")[0]
+            raise Unsupported(f"the decode step is not one graph: {type(error).__name__}: {first}") from error
+        finally:
+            self._local.segment = None
+
+    def _compile(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The backend: a callable for the graph that runs the present segment, with a loop for each of the sizes that
+        come. It returns None in place of logits, which nobody reads."""
+        key = size_key(gm, example_inputs) if has_symbols(gm, example_inputs) else lambda _args: ()
+        loops = {key(example_inputs): self._loop(gm, example_inputs)}
+        counts = any(n.op == "placeholder" and n in free_numbers(gm) for n in gm.graph.nodes)
+        results = (None,) * len(_outputs(gm))
+
+        def launch(*args: Any) -> tuple[Any, ...]:
+            segment: Segment = self._local.segment
+            size = key(args)
+            if size not in loops:
+                loops[size] = self._loop(gm, args)
+            # where the cache counts in Python and the count is no input, it is a constant of this graph
+            repeats = counts or not _counters(segment.inputs)
+            loops[size](args, segment.state, segment.steps if repeats else 1)
+            if repeats:
+                segment.repeat = functools.partial(_again, loops[size], args, segment.state)
+            return results
+
+        return returned_numbers(gm, launch)
+
+    def _loop(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The loop for the present sizes, or a function that raises why there is none."""
+        report = record(Report(fx_nodes=sum(n.op not in ("placeholder", "output", "get_attr") for n in gm.graph.nodes)))
+        fed = self._local.segment.fed
+        try:
+            loop = pipeline.compile_loop(gm, inputs, fed, self._sampling, self._settings, report)
+        except Unsupported as error:
+            why = error
+        except exceptions_allowed_to_be_fallback as error:
+            why = Unsupported(f"the graph cannot be traced: {type(error).__name__}: {error}")
+        except MpkError as error:
+            report.reason, report.origin = error.message, error.origin
+            raise
+        else:
+            _log.info("%s", report.summary())
+            return loop
+        report.reason, report.origin, report.outcome = why.message, why.origin, "no loop"
+        return functools.partial(_refuse, why)
+
+
+def _again(loop: Callable[..., int], args: tuple[Any, ...], state: LoopState, steps: int) -> None:
+    loop(args, state, steps)
+
+
+def _refuse(why: Unsupported, *_args: Any) -> Any:
+    raise why
+
+
+def _outputs(gm: torch.fx.GraphModule) -> Sequence[Any]:
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    return output.args[0] if isinstance(output.args[0], (list, tuple)) else (output.args[0],)
+
+
+def _forward_of(model: "PreTrainedModel") -> Callable[..., Any]:
+    """The model's call as a function with a code object and a name of its own. By the code object, Dynamo keeps its
+    graphs and limits how many there are; by the name, it remembers which numbers changed from call to call, and would
+    take another model's numbers for changes of this one's."""
+
+    def forward(**inputs: Any) -> Any:
+        return model(**inputs)
+
+    code = forward.__code__.replace(co_name=f"decode_step_{next(_numbers)}")
+    return types.FunctionType(code, globals(), code.co_name, None, forward.__closure__)
+
+
+_numbers = itertools.count()
+
+
+class _Compiled(dict[Any, Callable[..., Any]]):
+    """What is compiled of a model. Copies of the model start with nothing: compiled calls are bound to the original."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Compiled, ()
+
+
+def _kept(model: "PreTrainedModel", key: Any, make: Callable[[], Any]) -> Any:
+    compiled = model.__dict__.setdefault(_ATTRIBUTE, _Compiled())
+    if key not in compiled:
+        compiled[key] = make()
+    return compiled[key]
+
+
+def loop_forward(model: "PreTrainedModel", sampling: Sampling, settings: Settings) -> LoopForward:
+    """The model's LoopForward for these sampling stages and settings, kept on the model."""
+    key = (sampling.stages, dataclasses.replace(settings, loop_steps=0))
+    return _kept(model, key, lambda: LoopForward(model, sampling, settings))
+
+
+def compiled_step(model: "PreTrainedModel", config: "CompileConfig") -> Callable[..., Any]:
+    """The model's call for a single decode step, compiled as `config` says, kept on the model."""
+    how = config.to_dict()
+    return _kept(model, repr(how), lambda: torch.compile(_forward_of(model), **how))
+
+
+def forget_compiled(model: "PreTrainedModel") -> None:
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def fed_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a loop advances among a step's inputs, replaced in `inputs` by copies that are ours to write."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: own(v) for k, v in value.items()}
+        return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
+
+    def tensors(value: Any) -> list[torch.Tensor]:
+        return [t for v in value.values() for t in tensors(v)] if isinstance(value, dict) else [value]
+
+    for name in ("input_ids", "position_ids", "attention_mask"):
+        if inputs.get(name) is not None:
+            inputs[name] = own(inputs[name])
+    found = {name: tensors(inputs[name]) if inputs.get(name) is not None else [] for name in _FED.values()}
+    return {"tokens": inputs["input_ids"], **{kind: found[name] for kind, name in _FED.items()}}
+
+
+_FED = {"positions": "position_ids", "masks": "attention_mask"}
+
+
+def _counters(inputs: dict[str, Any]) -> list[Any]:
+    """Layers of the cache that count their tokens in Python."""
+    from .request import cache_of
+
+    return [layer for layer in cache_of(inputs).layers if hasattr(layer, "cumulative_length_int")]
+
+
+def room_in_window(inputs: dict[str, Any]) -> int | None:
+    """How many steps until a sliding window is full, from where on each step moves the cache; None without one."""
+    return min((x.max_cache_len - x.cumulative_length_int for x in _counters(inputs)), default=None)
+
+
+def count(inputs: dict[str, Any], steps: int) -> None:
+    """Let the layers that count in Python know of `steps` more tokens (fewer where negative)."""
+    for layer in _counters(inputs):
+        layer.cumulative_length_int += steps
