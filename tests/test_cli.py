@@ -94,6 +94,10 @@ def test_bench_on_cpu_compares_but_claims_no_times(capsys: pytest.CaptureFixture
         (["bench", "--model", TINY, "--device", "cpu", "--against", "inductr"], "inductr"),
         (["bench", "--model", "qwen3-06b", "--device", "cpu"], "did you mean 'qwen3-0.6b'"),
         (["explain", "--model", TINY, "--target", "sm_9a"], "unknown target 'sm_9a'"),
+        (["bench", "--e2e", "--model", TINY, "--device", "cpu"], "say nothing"),
+        (["generate", "--model", "qwen3-0.6b", "--prompt", "a"], "give a local folder"),
+        (["generate", "--model", TINY, "--prompt", "a", "b", "--stream", "--device", "cpu"], "one prompt at a time"),
+        (["generate", "--model", TINY, "--prompt", "a", "--temperature", "0", "--device", "cpu"], "greedy decoding"),
     ],
 )
 def test_mistakes_end_with_status_2_and_a_remedy(arguments: list[str], wanted: str, capsys: pytest.CaptureFixture[str]):
@@ -105,6 +109,39 @@ def test_mistakes_end_with_status_2_and_a_remedy(arguments: list[str], wanted: s
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]):
     assert main(["bench", "--model", "smollm2-135m"]) == 2
     assert "nothing to time" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generate_answers_and_reports_its_speed(capsys: pytest.CaptureFixture[str]):
+    question = "Question: What is the capital of France? Answer:"
+    command = ["generate", "--model", TINY, "--device", "cpu", "--max-new-tokens", "6", "--prompt", question]
+    for more in ([], ["--stream"], ["--top-k", "1", "--seed", "3"]):
+        assert main([*command, *more]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.strip() == "Paris."
+        assert "tokens; first after" in printed.err and "ms per step" in printed.err
+
+
+@pytest.mark.slow
+def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch):
+    """The measurement itself, without a GPU: what it measures there means nothing."""
+    from argparse import Namespace
+
+    from mpk_dynamo.tools import end_to_end
+    from mpk_dynamo.tools.models import load
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model = load(TINY)
+    model.generation_config.eos_token_id = None
+    arguments = Namespace(batch=1, prompt=8, new=32, repeats=1, sample=False)
+    before = model.generation_config.to_dict()
+    results = {n: end_to_end._one(n, model, arguments, 48, None) for n in ("mpk", "eager")}
+    assert all(r.compile_s > 0 and r.token_ms > 0 and r.first_ms > 0 for r in results.values())
+    assert model.generation_config.to_dict() == before
+    arguments = Namespace(model=TINY, batch=1, prompt=8, new=32, sample=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    figures = end_to_end._figures(arguments, 48, 0.5, results)
+    assert "over kernel us" in end_to_end._table(figures, results) and json.dumps(figures)
 
 
 def test_options_prints_the_table(capsys: pytest.CaptureFixture[str]):

@@ -45,3 +45,17 @@ def test_a_model_answers_as_in_eager_execution():
     assert said["answer"] == "Paris."
     assert re.fullmatch(r"the same \d+ tokens", said["eager"]) and said["repeated"] == "same tokens"
     assert re.match(r"the whole decode step: \d+ calls became \d+ nodes", said["captured"])
+
+
+@pytest.mark.slow
+def test_chat_streams_turns_with_one_cache():
+    said = chat("What is the capital of France?\nWhat is 3 plus 4?\n")
+    assert [line.strip() for line in said.splitlines() if line.strip()] == ["Paris.", "7."]
+
+
+def chat(lines: str) -> str:
+    command = [sys.executable, str(EXAMPLES / "chat.py"), "--device", "cpu", "--tokens", "8"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "per second" in done.stderr and "starts again" not in done.stderr
+    return done.stdout

@@ -1,4 +1,4 @@
-"""`python -m mpk_dynamo`: explain what happens to a model, time and profile it, survey model families, list options."""
+"""`python -m mpk_dynamo`: explain what happens to a model, time, profile and run it, survey families, list options."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time of a decode step against eager and Inductor, with accuracy gate")
     _model_arguments(bench)
-    bench.add_argument("--against", nargs="*", default=["eager", "inductor-reduce-overhead"], metavar="WHAT")
+    bench.add_argument("--against", nargs="*", default=None, metavar="WHAT", help="default: eager, Inductor")
     bench.add_argument("--steps", type=int, default=24, help="back-to-back steps per repeat (at least 20)")
     bench.add_argument("--repeats", type=int, default=7, help="repeats, of which the median counts (at least 5)")
     bench.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: accuracy alone, no times")
+    bench.add_argument("--e2e", action="store_true", help="time generate() instead: loop, HF eager, HF with Inductor")
+    bench.add_argument("--new", type=int, default=512, help="new tokens of --e2e (the slope over them counts)")
+    bench.add_argument("--sample", action="store_true", help="with --e2e: temperature 0.8, top-k 50, top-p 0.95")
+    bench.add_argument("--energy", action="store_true", help="with --e2e: energy per token over 20 s of each")
     bench.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
     bench.set_defaults(run=_bench)
 
@@ -60,6 +64,24 @@ def _parser() -> argparse.ArgumentParser:
     coverage.add_argument("--jobs", type=int, default=0, help="families measured at once; default: half of the CPUs")
     coverage.add_argument("--timeout", type=int, default=900, metavar="S", help="bound of one family, in seconds")
     coverage.set_defaults(run=_coverage)
+
+    generate = commands.add_parser("generate", help="answer prompts with a local model, many steps per launch")
+    generate.add_argument("--model", required=True, metavar="FOLDER", help="model and tokenizer, as saved by HF")
+    generate.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="one or several, decoded together")
+    generate.add_argument("--plain", action="store_true", help="do not put prompts into the model's chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--max-cache", type=int, default=0, metavar="N", help="default: what this call needs")
+    generate.add_argument("--stream", action="store_true", help="print the text as it comes")
+    generate.add_argument("--sample", action="store_true", help="sample; implied by the next four")
+    generate.add_argument("--temperature", type=float)
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--min-p", type=float)
+    generate.add_argument("--repetition-penalty", type=float)
+    generate.add_argument("--seed", type=int, help="of the random numbers")
+    generate.add_argument("--steps", type=int, default=0, help="decode steps per launch; 0: as many as keep it short")
+    generate.add_argument("--device", default="", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    generate.set_defaults(run=_generate)
 
     options = commands.add_parser("options", help="the options of the backend")
     options.set_defaults(run=_options)
@@ -97,8 +119,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.e2e:
+        from .end_to_end import run
+
+        arguments.against = ["eager", "inductor"] if arguments.against is None else arguments.against
+        return run(arguments)
     from .bench import run
 
+    arguments.against = ["eager", "inductor-reduce-overhead"] if arguments.against is None else arguments.against
     return run(arguments)
 
 
@@ -117,6 +145,12 @@ def _coverage(arguments: argparse.Namespace) -> int:
         from ..errors import OptionError
 
         raise OptionError(f"no family {', '.join(unknown)}", remedy=f"known families: {', '.join(FAMILIES)}")
+    return run(arguments)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .generate import run
+
     return run(arguments)
 
 
