@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import MpkError
-from ..ops.draw import draw
+from ..ops.draw import NUMBERS, draw
 
 CAPACITY = 1 << 16
 """Tokens one generation can hold per sequence. Fixed, so that one program serves generations of any length."""
@@ -164,6 +164,15 @@ class LoopState:
         self.known = step, bool(done)
         return self.known
 
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, V] fp32: the logits after the repetition penalty and the temperature."""
+        stages, numbers = self.sampling.stages, self.inputs["loop.numbers"].float()
+        scores = logits.float()
+        if self.seen is not None:
+            penalty = numbers[NUMBERS["penalty"]]
+            scores = torch.where(self.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        return scores / numbers[NUMBERS["temperature"]] if "temperature" in stages else scores
+
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next token of each sequence from `logits` [B, V] as the program would, and record it.
 
@@ -173,12 +182,7 @@ class LoopState:
         if step >= self.max_steps:
             raise MpkError(f"all {self.max_steps} steps of this generation are used")
         stages, numbers = self.sampling.stages, self.inputs["loop.numbers"]
-        scores = logits.float()
-        if self.seen is not None:
-            penalty = numbers[4].float()
-            scores = torch.where(self.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-        if "temperature" in stages:
-            scores = scores / numbers[0].float()
+        scores = self.scores(logits)
         if "sample" in stages:
             key, sequences = int(self.inputs["loop.key"]), self.inputs["loop.sequences"].tolist()
             chosen = [draw(row, stages, numbers, key, step, s) for row, s in zip(scores, sequences, strict=True)]
