@@ -305,7 +305,7 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
       after = fetch_words(launch, queue.task + place);
       if (lane == 0) {
         if (step && i == 0) begin_step(s, control, turn, start + step);
-        await_events(s, control, turn);
+        if (!s.health.ended) await_events(s, control, turn);
         report_pending(s.health);
         ready.stop = s.health.aborted;
         ptx::mbarrier_arrive(&ready.come);
