@@ -126,13 +126,13 @@ def test_the_drawn_tokens_are_those_of_the_definition(stages, vocab, dtype, cach
 
 
 @kernel_only
-def test_a_signal_lost_in_a_later_step_is_a_fault(cache_dir):
+def test_a_signal_that_is_missing_in_a_launch_of_several_steps_is_a_fault(cache_dir):
     decoding = Decoding(model_of("llama", device=DEVICE), GREEDY, 1, cache_dir=str(cache_dir), timeout_s=0.3)
     decoding.generate([4])
     callable_ = decoding._loop._run.__self__
     executable = callable_.executable
     table = decode(executable.program)["waits"].copy()
-    # counts one higher are reached one step late at first: the second step of a launch waits for ever
+    # counts that are one too high are never reached within a step
     offset = executable._fixed["tables"][2]
     start = offset - executable._tables.data_ptr()
     table["count"][:] += 1
