@@ -68,6 +68,8 @@ def compile_captured(
     target = place.target
     schedule = lower(captured.graph, settings.workers or target.sm_count, target, report, dump)
     if not target.is_gpu:
+        if settings.profile:
+            _log.warning("option 'profile' records kernels; the reference executor has no times worth recording")
         compiled = _interpret(captured, schedule, report)
         report.outcome, report.device = "reference", str(place.device)
     else:

@@ -261,3 +261,14 @@ def test_dump_writes_every_stage(tmp_path: Path):
     stages = {"0-dynamo.py", "1-captured.txt", "2-graph.txt", "3-tasks.txt", "4-schedule.txt"}
     assert names == {*stages, "README.txt", "report.json"}
     assert all((folder / name).stat().st_size for name in names)
+
+
+def test_profile_without_a_kernel_warns_and_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    layer = torch.nn.Linear(16, 16).eval()
+    x = torch.randn(1, 16)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "mpk_dynamo"):
+        plain = torch.compile(layer, backend="mpk", options=STRICT)(x)
+        torch._dynamo.reset()
+        profiled = torch.compile(layer, backend="mpk", options={**STRICT, "profile": str(tmp_path), "profile_call": 1})
+        assert torch.equal(profiled(x), plain)
+    assert "option 'profile' records kernels" in caplog.text and not list(tmp_path.iterdir())
