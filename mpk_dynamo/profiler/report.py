@@ -1,15 +1,15 @@
-"""What a timeline says, as figures and as text."""
+"""What a timeline says, as figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..passes.schedule.timeline import COMPUTED, PHASES, SIGNALLED, Timeline
-from .names import of_any_layer, operator_names
+from .names import of_any_layer, operator_names, task_names
+from .text import render
 from .waiting import Waiting, critical_path, waiting
 
 
@@ -39,37 +39,12 @@ class Profile:
             "shares": _shares(self.timeline, found),
             "operators": _operators(self.timeline, self.predicted, self.bandwidth),
             "edges": _edges(self.timeline, found),
+            "longest_waits": _longest(self.timeline, found),
             "critical_path": _path(self.timeline, found),
         }
 
     def __str__(self) -> str:
-        f = self.figures()
-        lines = [
-            f"{self.title}: {f['makespan_us']:.1f} us {f['times']}, {f['bytes'] / 1e6:.1f} MB, "
-            f"{f['floor_us'] / f['makespan_us']:.0%} of {self.bandwidth / 1e12:.2f} TB/s ({self.source})"
-        ]
-        if f["predicted_us"]:
-            off = f["predicted_us"] / f["makespan_us"] - 1
-            lines.append(f"the simulator predicts {f['predicted_us']:.1f} us ({off:+.1%})")
-        lines += ["", "share of a worker's time, mean (lowest to highest):"]
-        lines += _table(
-            (name, f"{s['mean']:.1%}", f"({s['min']:.1%} to {s['max']:.1%})") for name, s in f["shares"].items()
-        )
-        heads = ("operator", "times", "tasks", "MB", "period us", "TB/s", "of stream", *PHASES)
-        heads += ("predicted us",) if self.predicted else ()
-        lines += ["", "operators, each time: period since the one before had ended, phases as mean of its tasks (us)"]
-        lines += _table([heads, *(_operator_row(o) for o in f["operators"])])
-        lines += ["", "edges by waiting, per worker in all; latency: from its last producer's end to its inputs"]
-        heads = ("from", "to", "kind", "times", "waiting us", "latency us", "median us")
-        rows = [(e["from"], e["to"], e["kind"], str(e["times"]), *(f"{e[k]:.2f}" for k in _EDGE)) for e in f["edges"]]
-        lines += _table([heads, *rows[:12]], left=3)
-        path = f["critical_path"]
-        lines += ["", f"critical path: {path['tasks']} tasks, {path['edges']} edges between workers"]
-        rows = [(p["what"], str(p["times"]), f"{p['us']:.1f}", f"{p['share']:.1%}") for p in path["parts"]]
-        return "\n".join([*lines, *_table([("part", "times", "us", "share"), *rows[:14]])])
-
-
-_EDGE = ("waiting_us", "latency_us", "median_latency_us")
+        return render(self.figures())
 
 
 def _shares(timeline: Timeline, found: Waiting) -> dict[str, dict[str, float]]:
@@ -132,12 +107,6 @@ def _operators(timeline: Timeline, predicted: Timeline | None, bandwidth: float)
     return rows
 
 
-def _operator_row(o: dict[str, Any]) -> tuple[str, ...]:
-    cells = (o["operator"], str(o["times"]), str(o["tasks"]), f"{o['bytes'] / 1e6:.2f}", f"{o['period_us']:.2f}")
-    cells += (f"{o['TB/s']:.2f}", f"{o['share']:.0%}", *(f"{v:.2f}" for v in o["phases_us"].values()))
-    return (*cells, f"{o['predicted_us']:.2f}") if "predicted_us" in o else cells
-
-
 def _edges(timeline: Timeline, found: Waiting) -> list[dict[str, Any]]:
     """Edges of like operators together, the most waited for first."""
     tg = timeline.schedule.tasks
@@ -157,6 +126,23 @@ def _edges(timeline: Timeline, found: Waiting) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: -(r["waiting_us"] + r["latency_us"]))
 
 
+def _longest(timeline: Timeline, found: Waiting, count: int = 8) -> list[dict[str, Any]]:
+    """The operators, each of its own layer, whose tasks waited longest for what others had not computed, and the task
+    that came last for most of them."""
+    tg, names = timeline.schedule.tasks, task_names(timeline.schedule.tasks)
+    waits, last = dict[tuple[int, str], float](), dict[tuple[int, str], list[int]]()
+    for t in map(int, np.flatnonzero(found.wait)):
+        key = tg.tasks[t].node, tg.tasks[t].op
+        waits[key] = waits.get(key, 0.0) + float(found.wait[t])
+        last.setdefault(key, []).append(int(found.producer[t]))
+    of, rows = operator_names(tg), []
+    for key in sorted(waits, key=lambda k: -waits[k])[:count]:
+        latest = max(set(last[key]), key=last[key].count)
+        each = waits[key] * 1e6 / timeline.schedule.workers
+        rows.append({"operator": of[key], "waiting_us": each, "for": names[latest]})
+    return rows
+
+
 def _path(timeline: Timeline, found: Waiting) -> dict[str, Any]:
     tg, links = timeline.schedule.tasks, critical_path(timeline, found)
     names = {key: of_any_layer(name) for key, name in operator_names(tg).items()}
@@ -170,13 +156,3 @@ def _path(timeline: Timeline, found: Waiting) -> dict[str, Any]:
     rows = [{"what": k, "times": len(v), "us": sum(v) * 1e6, "share": sum(v) / total} for k, v in parts.items()]
     rows.sort(key=lambda r: -r["us"])
     return {"tasks": len(links), "edges": sum(link.via >= 0 for link in links), "parts": rows}
-
-
-def _table(rows: Iterator[Sequence[str]] | Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Columns, the first `left` of them to the left."""
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]

@@ -64,6 +64,10 @@ def test_shares_of_the_report_add_up_and_figures_compare(measured):
     assert total == pytest.approx(figures["makespan_us"]), "periods cover the step"
     path = figures["critical_path"]
     assert sum(p["us"] for p in path["parts"]) == pytest.approx(figures["makespan_us"], abs=0.1)
+    longest = [w["waiting_us"] for w in figures["longest_waits"]]
+    assert longest == sorted(longest, reverse=True) and longest[0] > 0
+    charged = sum(e["waiting_us"] for e in figures["edges"])
+    assert charged == pytest.approx(figures["shares"]["waiting"]["mean"] * figures["makespan_us"])
     text = str(profile)
     assert "measured" in text and "the simulator predicts" in text and "critical path: 12 tasks" in text
     assert re.search(r"map\d+ +map\d+ +flagged", text)
