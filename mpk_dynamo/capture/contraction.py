@@ -19,7 +19,7 @@ from ..ir import expr as E
 from ..ir.expr import Expr, op
 from ..ir.graph import Node, RowMap
 from ..ir.types import DType
-from .attention import Stored, attend
+from .attention import MAX_QUERIES, Stored, attend, head_and_token
 from .registry import Call
 from .values import Index, Shape, View, broadcast, convert, point, points, variables, wide
 
@@ -95,15 +95,17 @@ class _Scores:
 
 def _attention(imp: Importer, call: Call, weights: View, values: View) -> View | None:
     """The product as an Attention, or None when it is something else."""
-    if len(call.shape) != 4 or len(weights.shape) != 4 or len(values.shape) != 4 or call.shape[2] != 1:
+    if len(call.shape) != 4 or len(weights.shape) != 4 or len(values.shape) != 4:
         return None
     if call.dtype is DType.F64:
         return None
-    batch, heads, _, width = call.shape
-    b, h, s, d = E.var("b", batch), E.var("h", heads), E.var("s", weights.shape[3]), E.var("d", width)
-    row = (point(b), point(h), E.index(0), point(s))
+    batch, heads, tokens, width = call.shape
+    if tokens != 1 and batch * tokens > MAX_QUERIES:
+        return None
+    b, h, s, d = E.var("b", batch), E.var("h", heads * tokens), E.var("s", weights.shape[3]), E.var("d", width)
+    row = (point(b), *head_and_token(h, tokens), point(s))
     reader = _Reader(imp)
-    weight = reader.unrounded(weights.load(broadcast(weights.shape, (batch, heads, 1, s.size), row)))
+    weight = reader.unrounded(weights.load(broadcast(weights.shape, (batch, heads, tokens, s.size), row)))
     softmax = imp.softmaxes.get(weight.buffer) if isinstance(weight, E.Load) else None
     if softmax is None or softmax.dim != len(softmax.shape) - 1 or softmax.shape[-1] != s.size:
         return None
@@ -113,9 +115,9 @@ def _attention(imp: Importer, call: Call, weights: View, values: View) -> View |
     if scores is None or scores.load.index != row:
         return None
     product = imp.products[scores.load.buffer]
-    if product.left_shape[-1] != width or product.call.shape != (batch, heads, 1, s.size):
+    if product.left_shape[-1] != width or product.call.shape != (batch, heads, tokens, s.size):
         return None
-    query = _element(product.left, product.left_shape, (batch, heads, 1, width), (*row[:3], point(d)))
+    query = _element(product.left, product.left_shape, (batch, heads, tokens, width), (*row[:3], point(d)))
     key_at = _stored(product.right, product.right_shape, (batch, heads, width, s.size), (0, 1, 3, 2))
     value_at = _stored(values.load(points(values.shape)), values.shape, (batch, heads, s.size, width), (0, 1, 2, 3))
     if key_at is None or value_at is None:
@@ -130,7 +132,7 @@ def _attention(imp: Importer, call: Call, weights: View, values: View) -> View |
     if cap is not None and cap <= 0:
         return None
     return attend(
-        imp, call, (b, h, s, d), heads, query, key_at, value_at, scale=scale, mask=scores.mask, softcap=cap
+        imp, call, (b, h, s, d), tokens, heads, query, key_at, value_at, scale=scale, mask=scores.mask, softcap=cap
     )  # fmt: skip
 
 

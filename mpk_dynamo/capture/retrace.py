@@ -107,7 +107,7 @@ def describe(node: fx.Node, example: Any) -> Placeholder:
 def module_path(node: fx.Node) -> str:
     """`model.layers.0.mlp.gate_proj` of a traced node, or ""."""
     stack = node.meta.get("nn_module_stack")
-    return _dotted(next(reversed(stack.values()))[0]) if stack else ""
+    return _dotted(_ROOT.sub("", next(reversed(stack.values()))[0])) if stack else ""
 
 
 def source_line(node: fx.Node) -> str:
@@ -122,11 +122,15 @@ def place_of(node: fx.Node) -> str:
     return " ".join(filter(None, (module_path(node), line and f"({line})")))
 
 
+# the module that was compiled, as Dynamo's wrappers see it: in its own forward, or handed to them as an argument
+_ROOT = re.compile(r"^L\['(?:self|fn|args)'\](?:\[\d+\])?(?:\.__self__)?")
 _INTERNAL = frozenset(("L", "G", "self", "kwargs", "_modules", "_parameters", "_buffers", "__dict__"))
 
 
 def _dotted(source: str) -> str:
     """Dynamo's source text as a dotted name: L['self']._modules['a']._parameters['w'] -> a.w."""
+    if "._modules[" in source or "._parameters[" in source or "._buffers[" in source:
+        source = _ROOT.sub("", source)
     words = [w for w in re.findall(r"\w+", source) if w not in _INTERNAL]
     return ".".join(words)
 

@@ -264,6 +264,10 @@ def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str
             raise Unsupported(f"cache {buffer.name}: rows do not start at 16-byte boundaries", origin=origin)
 
 
+MAX_QUERY_BYTES = 64 << 10
+"""Shared memory for the query rows of an attention task, which leaves room for the ring on every target."""
+
+
 def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flagged: frozenset[str]) -> Body:
     operands = Operands()
     keys, values = buffers[node.keys], buffers[node.values]
@@ -271,6 +275,13 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         raise Unsupported(f"cache dtypes {keys.dtype.value}, {values.dtype.value}", origin=node.origin)
     if node.d.size % 8 or node.d.size > 256:
         raise Unsupported(f"head size {node.d.size} (a multiple of 8 up to 256 is supported)", origin=node.origin)
+    group = node.h.size // node.g.size
+    if group * node.d.size * 4 > MAX_QUERY_BYTES:
+        raise Unsupported(
+            f"{group} query rows of {node.d.size} share a KV head; {MAX_QUERY_BYTES >> 10} KiB of them fit in fp32",
+            origin=node.origin,
+            remedy="fewer query tokens at once",
+        )
     _contiguous_along(keys, node.key_index, node.d, node.origin)
     _contiguous_along(values, node.value_index, node.d, node.origin)
     cache = MEMORY_TYPE[keys.dtype]

@@ -41,14 +41,14 @@ def test_an_operator_without_lowering_names_module_line_and_operator() -> None:
     assert "at block (test_refusals.py:" in text
 
 
-x, heads = torch.randn(4, 4), torch.randn(1, 2, 3, 8)
+x, heads = torch.randn(4, 4), torch.randn(1, 2, 17, 8)
 
 
 @pytest.mark.parametrize(
     ("function", "args", "reason"),
     [
         (lambda a: (a + 1) @ (a * 2), (torch.ones(128, 128),), "product of two computed tensors"),
-        (lambda q: F.scaled_dot_product_attention(q, q, q), (heads,), "3 query tokens"),
+        (lambda q: F.scaled_dot_product_attention(q, q, q), (heads,), "17 query tokens"),
         (lambda q: F.scaled_dot_product_attention(q[:, :, :1], q, q, dropout_p=0.5), (heads,), "dropout_p=0.5"),
         (lambda a: F.dropout(a, 0.1, training=True), (x,), "dropout with p=0.1 while training"),
         (lambda a: torch.view_as_complex(a.view(4, 2, 2)) + 0, (x,), "dtype torch.complex64|has no lowering"),
@@ -111,8 +111,8 @@ def test_prefill_is_refused_with_the_reason() -> None:
 
     model = tiny("Llama", torch.float32, num_hidden_layers=1)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
-    prompt = torch.ones(1, 5, dtype=torch.long)
+    prompt = torch.ones(3, 6, dtype=torch.long)
     with torch.no_grad():
         model(prompt, past_key_values=cache)
     text = refused(lambda ids: model(ids, past_key_values=cache).logits, prompt)
-    assert "5 query tokens" in text and "model.layers.0.self_attn" in text
+    assert "6 query tokens of 3 sequences" in text and "model.layers.0.self_attn" in text

@@ -11,6 +11,7 @@ Polling the data costs two. So every intermediate result is flagged that can be:
 - each element written exactly once, where the task list says: an element nobody writes would be polled for ever, one
   written twice could be seen too early;
 - read by a task, but not by one that writes it;
+- no keys or values of an attention, which reads them in vectors without looking for the sentinel;
 - not touched by an operator from outside this package, which need not know how to poll and publish;
 - small: it takes its own memory, twice, for the whole launch, and every launch clears it.
 
@@ -54,6 +55,9 @@ def flaggable(tg: TaskGraph) -> frozenset[str]:
         sharing.setdefault(b.storage, []).append(b)
     candidates = {bs[0].name: bs[0] for bs in sharing.values() if len(bs) == 1 and _fits(bs[0])}
     for node in tg.graph.nodes:
+        if isinstance(node, Attention):
+            for name in (node.keys, node.values):
+                candidates.pop(tg.buffers[name].storage, None)
         for name, store in _stores(node):
             if name in candidates and any(loads(e) for e in store):
                 del candidates[name]
