@@ -208,18 +208,18 @@ def test_prefill_falls_back_to_what_the_option_says(qwen3: Any, monkeypatch: pyt
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", inductor)
-    tokens = ids(1, 6)
+    tokens = ids(3, 9)
     with torch.no_grad():
         for options in ({}, {"fallback": "inductor"}):
             torch._dynamo.reset()
             compiled = torch.compile(qwen3, backend="mpk", options=options)
             for _ in range(2):  # the first call of a graph for one length is not worth compiling it
-                ours, theirs = (StaticCache(config=qwen3.config, max_cache_len=8) for _ in range(2))
+                ours, theirs = (StaticCache(config=qwen3.config, max_cache_len=12) for _ in range(2))
                 for cache in (ours, theirs):
                     qwen3(tokens[:, :3], past_key_values=cache)
                 assert not seen
                 a, b = compiled(tokens[:, 3:], past_key_values=ours), qwen3(tokens[:, 3:], past_key_values=theirs)
-                torch.testing.assert_close(a.logits, b.logits)
+                assert_near(a.logits, b.logits)  # under compile PyTorch makes another mask
     assert [r.outcome for r in mpk_dynamo.reports()] == ["fallback to eager", "fallback to inductor"]
     assert all("scaled_dot_product_attention" in r.reason and "layers.0" in r.origin for r in mpk_dynamo.reports())
     assert len(seen) == 1
