@@ -22,6 +22,7 @@ from .verify.report import without_collector
 
 if TYPE_CHECKING:
     from .capture import Captured
+    from .capture.importer import Alias
     from .ir.graph import Graph
     from .ir.program import Program
     from .ir.schedule import Schedule
@@ -77,7 +78,7 @@ def compile_captured(
         compiled = _load(captured, program, target, place.device, settings, report, observe, recorded)
         report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(place.device), 1
     dump.report(report)
-    return compiled
+    return with_aliases(compiled, captured.aliases) if captured.aliases else compiled
 
 
 def compile_loop(
@@ -152,7 +153,11 @@ def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], repor
             with without_symbols():
                 captured = capture(fixed, inputs)
             arguments = {storage: positions[k] for storage, k in captured.arguments.items()}
-            captured = dataclasses.replace(captured, arguments=arguments)
+            aliases = {
+                k: a if a.argument is None else dataclasses.replace(a, argument=positions[a.argument])
+                for k, a in captured.aliases.items()
+            }
+            captured = dataclasses.replace(captured, arguments=arguments, aliases=aliases)
         else:
             captured = capture(gm, example_inputs)
     report.captured_nodes = len(captured.graph.nodes)
@@ -217,6 +222,19 @@ def build(program: "Program", target: "Target", settings: Settings, report: Repo
         artifact = build_program(program, target, cache_dir=settings.cache_dir or None, dump_dir=report.dump or None)
     report.resources = str(getattr(artifact, "resources", ""))
     return artifact
+
+
+def with_aliases(compiled: Callable[..., Any], aliases: "Mapping[int, Alias]") -> Callable[..., Any]:
+    """`compiled`, with results that share memory with arguments or other results made as views of them."""
+
+    def call(*args: Any) -> tuple[Any, ...]:
+        out = list(compiled(*args))
+        for k, a in aliases.items():
+            base = out[a.result] if a.argument is None else args[a.argument]
+            out[k] = base.as_strided(a.shape, a.strides, base.storage_offset() + a.offset)
+        return tuple(out)
+
+    return call
 
 
 def _interpret(captured: "Captured", schedule: "Schedule", report: Report) -> Callable[..., Any]:

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpk_dynamo
+from mpk_dynamo.tools.families import build
 
 transformers = pytest.importorskip("transformers")
-
-from mpk_dynamo.tools.families import build
 
 STRICT = {"fallback": "error"}
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -101,7 +100,8 @@ def test_several_compiled_modules_in_one_model(device: str) -> None:
 
 def test_several_models_in_one_process(device: str) -> None:
     models = [build("llama", device=device), build("gpt2", device=device), mlp().to(device)]
-    inputs = [torch.full((1, 1), 7, device=device), torch.full((1, 1), 7, device=device), torch.ones(1, 64, device=device)]
+    token = torch.full((1, 1), 7, device=device)
+    inputs = [token, token, torch.ones(1, 64, device=device)]
     compiled = [torch.compile(m, backend="mpk", options=STRICT) for m in models]
     with torch.no_grad():
         for _ in range(2):
@@ -198,8 +198,19 @@ def written_through_a_view(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return row, x.sum(), x.view(-1)[2:4]
 
 
+def nothing_but_a_view(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.view(2, 8), x[1:]
+
+
 @pytest.mark.parametrize(
-    "function", [updated_and_viewed, views_of_a_result, view_without_its_base, written_through_a_view]
+    "function",
+    [
+        nothing_but_a_view,
+        updated_and_viewed,
+        views_of_a_result,
+        view_without_its_base,
+        written_through_a_view,
+    ],
 )
 def test_results_alias_what_they_do_in_eager(device: str, function: Callable[..., Any]) -> None:
     count = function.__code__.co_argcount

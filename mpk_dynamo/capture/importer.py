@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,23 @@ from .values import DTYPES, Memory, Shape, View, points, variables, whole
 
 
 @dataclass(frozen=True)
+class Alias:
+    """A result that shares memory: with the argument at position `argument`, or with the result at position `result`.
+    offset: from the start of that tensor, in elements like the strides."""
+
+    argument: int | None
+    result: int | None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
 class Captured:
     """What capture found.
 
-    graph: the computation, unfused. arguments: name of each of the caller's storages -> its index among the example
+    graph: the computation, unfused. aliases: results that are views of an argument or of another result, by position;
+    the graph gives None for them. arguments: name of each of the caller's storages -> its index among the example
     inputs. constants: name of each storage that is a tensor held by the traced graph -> that tensor; bind it like an
     input. sources: storage name -> the dotted name of what it came from. nodes_total: ATen calls in the traced
     graph. report: lines about the capture, for people.
@@ -38,6 +51,7 @@ class Captured:
     sources: dict[str, str]
     nodes_total: int
     report: tuple[str, ...]
+    aliases: dict[int, Alias] = field(default_factory=dict)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -69,6 +83,8 @@ class Importer:
         self.counts: Counter[str] = Counter()
         self.products: dict[str, contraction.Product] = {}  # by the buffer of the result
         self.softmaxes: dict[str, reduce.Softmax] = {}
+        self.given: dict[str, torch.Tensor] = {}  # by storage name, the fake tensor
+        self.aliases: dict[int, Alias] = {}
 
     def run(self) -> Captured:
         outputs = self.walk()
@@ -87,6 +103,7 @@ class Importer:
             constants={name: self.tensors[k] for name, k in positions.items() if k >= self.inputs},
             sources={name: s for name, s in self.sources.items() if name in used},
             nodes_total=total,
+            aliases=self.aliases,
             report=(f"{total} ATen calls became {len(nodes)} nodes: {counts}", *dict.fromkeys(self.notes)),
         )
 
@@ -211,7 +228,7 @@ class Importer:
         self.buffers[name] = buffer(
             name, DTYPES[fake.dtype], shape, kind, strides=tuple(fake.stride()) or None, origin=place.source
         )
-        self.callers[name], self.sources[name] = position, place.name
+        self.callers[name], self.sources[name], self.given[name] = position, place.name, fake
         return whole(Memory(name, DTYPES[fake.dtype], shape, buffer=name, caller=True))
 
     def _attribute(self, node: fx.Node) -> View:
@@ -258,9 +275,39 @@ class Importer:
         return argument
 
     def _outputs(self, node: fx.Node) -> tuple[Output, ...]:
-        values = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
+        results = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
+        self.aliases = self._find_aliases(results)  # type: ignore[arg-type]
         taken: set[str] = set()
-        return tuple(self._output(node, self._resolve(v), k, taken) for k, v in enumerate(values))  # type: ignore[arg-type]
+        return tuple(
+            Output() if k in self.aliases else self._output(node, self._resolve(v), k, taken)
+            for k, v in enumerate(results)  # type: ignore[arg-type]
+        )
+
+    def _find_aliases(self, results: Sequence[Any]) -> dict[int, Alias]:
+        """Results that are views of an argument, or of another result that is whole and contiguous."""
+        shown = {k: v for k, r in enumerate(results) if isinstance(v := self._resolve(r), View)}
+        fakes = {k: results[k].meta["val"] for k in shown}
+        whole_ones: dict[Memory, int] = {}
+        for k, v in shown.items():
+            if v.whole and not v.memory.caller and fakes[k].is_contiguous():
+                whole_ones.setdefault(v.memory, k)
+        out: dict[int, Alias] = {}
+        for k, v in shown.items():
+            argument, result = None, None
+            if v.memory.caller:
+                storage = self.buffers[v.memory.buffer or ""].storage
+                argument, start = self.callers[storage], self.given[storage]
+                if v.whole or argument >= self.inputs:
+                    continue
+            else:
+                result = whole_ones.get(v.memory)
+                if result is None or result == k:
+                    continue
+                start = fakes[result]
+            if fakes[k].untyped_storage()._cdata == start.untyped_storage()._cdata:  # else a copy, by torch's rules
+                offset = fakes[k].storage_offset() - start.storage_offset()
+                out[k] = Alias(argument, result, tuple(fakes[k].shape), tuple(fakes[k].stride()), offset)
+        return out
 
     def _output(self, node: fx.Node, value: Any, position: int, taken: set[str]) -> Output:
         if value is None or isinstance(value, (bool, int, float, str)):

@@ -11,6 +11,7 @@ from mpk_dynamo.capture import Captured, capture
 from mpk_dynamo.ir.graph import is_callers
 from mpk_dynamo.ops import operator_of
 from mpk_dynamo.ops.evaluate import TORCH_DTYPE
+from mpk_dynamo.pipeline import with_aliases
 from mpk_dynamo.verify import verify_graph
 
 
@@ -43,7 +44,7 @@ class Grab:
         found = capture(gm, inputs)
         verify_graph(found.graph)
         self.found.append(found)
-        return lambda *args: execute(found, args)
+        return with_aliases(lambda *args: execute(found, args), found.aliases)
 
     def __deepcopy__(self, memo: object) -> "Grab":
         return self  # CompileConfig copies its backend

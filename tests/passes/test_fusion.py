@@ -15,7 +15,7 @@ from mpk_dynamo.ir import expr as E
 from mpk_dynamo.ir.graph import Attention, Graph, Linear, Output, RowMap, expressions
 from mpk_dynamo.ir.types import BufferKind, DType
 from mpk_dynamo.passes import graph as passes
-from mpk_dynamo.passes.graph import PASSES
+from mpk_dynamo.passes.graph import PASSES, rewrite
 from mpk_dynamo.passes.graph.order import order
 
 BF16, F32, I64 = DType.BF16, DType.F32, DType.I64
@@ -432,3 +432,11 @@ def test_order_sorts_what_is_shuffled() -> None:
 def test_passes_stamp_their_names() -> None:
     g = fused(graphs.decoder(Model(layers=1)))
     assert g.provenance[1:] == tuple(p.__name__ for p in passes.PASSES)
+
+
+def test_reductions_over_equal_sizes_keep_their_variables() -> None:
+    """Renaming the inner variable must not bind the outer one, which has the new name until its turn."""
+    outer, inner = E.var("r0", 4), E.var("r1", 4)
+    element = E.load("x", (outer, inner), DType.F32)
+    named = rewrite.name_reductions(E.reduce("sum", outer, E.reduce("max", inner, element)))
+    assert E.render(named) == "sum<r1:4>(max<r0:4>(x[r1, r0]))"

@@ -129,6 +129,17 @@ def name_reductions(x: Expr) -> Expr:
     Equal computations become one object, and no variable is bound again inside its own scope."""
     if not x.reduces:
         return x
+    named = _named(x, "r")
+    if named is None:  # a new name is taken by a variable around it, which gets its own new name later
+        apart = _named(x, "apart")
+        assert apart is not None
+        named = _named(apart, "r")
+    assert named is not None
+    return named
+
+
+def _named(x: Expr, prefix: str) -> Expr | None:
+    """The same with names of `prefix`; None where that would bind a variable of an outer reduction."""
     memo: dict[Expr, tuple[Expr, int]] = {}
 
     def walk(e: Expr) -> tuple[Expr, int]:
@@ -139,14 +150,23 @@ def name_reductions(x: Expr) -> Expr:
             inner = [walk(c) for c in e.children]
             depth = max(d for _, d in inner)
             if isinstance(e, Reduce):
-                v = E.var(f"r{depth}", e.var.size)
-                done = E.reduce(e.name, v, _rename(inner[0][0], e.var, v)), depth + 1
+                v, body = E.var(f"{prefix}{depth}", e.var.size), inner[0][0]
+                if v is not e.var and v in body.free:
+                    raise _Taken
+                done = E.reduce(e.name, v, _rename(body, e.var, v)), depth + 1
             else:
                 done = E.rebuild(e, tuple(c for c, _ in inner)), depth
             memo[e] = done
         return done
 
-    return walk(x)[0]
+    try:
+        return walk(x)[0]
+    except _Taken:
+        return None
+
+
+class _Taken(Exception):
+    """A name that is in use."""
 
 
 def _rename(x: Expr, old: Var, new: Var) -> Expr:
