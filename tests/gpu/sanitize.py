@@ -4,9 +4,9 @@ form, and decoder steps.
     python3 tests/gpu/sanitize.py --build                                  compiles them into the kernel cache
     compute-sanitizer --tool memcheck python3 tests/gpu/sanitize.py        runs them
 
-Tools: memcheck, initcheck, synccheck, racecheck (which sees shared memory alone). Compares with the reference executor,
-so that it also says whether a step was right. Exits with 0 when all were. Words given as arguments choose programs whose
-names hold one of them.
+Tools: memcheck, initcheck, synccheck, racecheck (which sees shared memory alone). Compares with the reference
+executor, so that it also says whether a step was right. Exits with 0 when all were. Words given as arguments choose
+programs whose names hold one of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import graphs  # noqa: E402
 import interpreter  # noqa: E402
 import torch  # noqa: E402
 from device_forms import REFUSED, SAMPLES  # noqa: E402
-from gpu.harness import DEVICE, ON_GPU, Step, build_all, emit, lower, on_device, target  # noqa: E402
+from gpu.harness import DEVICE, ON_GPU, Step, build_all, emit, lower, on_device  # noqa: E402
 
 from mpk_dynamo.ir.graph import Graph  # noqa: E402
 from mpk_dynamo.ir.schedule import Schedule  # noqa: E402
@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> int:
     emitted = {name: emit(made) for name, made in schedules.items()} if ON_GPU else {}
     start = time.perf_counter()
     artifacts = build_all(emitted, default_dir())
-    print(f"{len(emitted)} programs compiled or taken from the cache in {time.perf_counter() - start:.1f} s", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{len(emitted)} programs compiled or taken from the cache in {seconds:.1f} s", flush=True)
     if "--build" in arguments:
         return 0
     fine = 0

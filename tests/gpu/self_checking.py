@@ -53,7 +53,8 @@ def schedule(workers: int) -> Schedule:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    return {"x": torch.arange(SIZE, device=DEVICE) % PERIOD, "total": torch.zeros(SIZE, dtype=torch.int64, device=DEVICE)}
+    start = torch.arange(SIZE, device=DEVICE)
+    return {"x": start % PERIOD, "total": torch.zeros_like(start)}
 
 
 def expected(launches: int) -> dict[str, torch.Tensor]:
