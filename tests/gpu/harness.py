@@ -58,7 +58,7 @@ def emit(made: Schedule) -> Program:
     return program
 
 
-def build_all(programs: Mapping[object, Program], cache_dir: Path) -> dict[object, object]:
+def build_all(programs: Mapping[object, Program], cache_dir: Path, lineinfo: bool = False) -> dict[object, object]:
     """Artifacts of programs, or the exception that building one raised. Equal sources are compiled once; NVRTC
     compiles in threads, as it does not hold the interpreter's lock."""
     first: dict[str, Program] = {}
@@ -67,7 +67,7 @@ def build_all(programs: Mapping[object, Program], cache_dir: Path) -> dict[objec
 
     def one(program: Program) -> object:
         try:
-            return build(program, target(), cache_dir=cache_dir)
+            return build(program, target(), cache_dir=cache_dir, lineinfo=lineinfo)
         except Exception as error:  # belongs to the test of that program, not to all
             return error
 

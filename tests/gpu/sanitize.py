@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     schedules = {name: lower(graph, WORKERS) for name, (graph, _) in chosen.items()}
     emitted = {name: emit(made) for name, made in schedules.items()} if ON_GPU else {}
     start = time.perf_counter()
-    artifacts = build_all(emitted, default_dir())
+    artifacts = build_all(emitted, default_dir(), lineinfo=True)
     seconds = time.perf_counter() - start
     print(f"{len(emitted)} programs compiled or taken from the cache in {seconds:.1f} s", flush=True)
     if "--build" in arguments:

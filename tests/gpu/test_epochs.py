@@ -85,6 +85,7 @@ def test_a_replayed_graph_beside_other_kernels(make_step: Callable[..., Step]) -
     step, given = make_step(), tensors()
     launch(step, given, 2)
     a = torch.rand(1024, 1024, device=DEVICE)
+    b = a @ a  # makes what cuBLAS may not make during a capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch(step, given, 1)
@@ -110,6 +111,7 @@ def test_two_models_on_two_streams_from_two_threads(make_step: Callable[..., Ste
     steps, errors = [make_step(half), make_step(half - 1)], []
     sets = [tensors() for _ in steps]
     a = torch.rand(2048, 2048, device=DEVICE)
+    torch.mm(a, a)
     torch.cuda.synchronize()
 
     def work(step: Step, given: dict[str, torch.Tensor]) -> None:
