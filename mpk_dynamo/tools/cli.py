@@ -83,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="", choices=("cuda", "cpu"), help="default: cuda where there is one")
     generate.set_defaults(run=_generate)
 
+    mutate = commands.add_parser("mutate", help="does the verifier refuse broken programs? (docs/verification.md)")
+    mutate.add_argument("--model", nargs="*", default=[], metavar="FAMILY:BATCH", help="default: eight of families.py")
+    mutate.add_argument("--mutants", type=int, default=12000, help="at least so many in all")
+    mutate.add_argument("--seed", type=int, default=0)
+    mutate.add_argument("--show", type=int, default=5, help="survivors to print per kind")
+    mutate.add_argument("--target", default="sm_90a", help="GPU or architecture that programs are generated for")
+    mutate.add_argument("--json", default="", metavar="FILE", help="write all counts and survivors")
+    mutate.set_defaults(run=_mutate)
+
     options = commands.add_parser("options", help="the options of the backend")
     options.set_defaults(run=_options)
     return parser
@@ -150,6 +159,12 @@ def _coverage(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from .generate import run
+
+    return run(arguments)
+
+
+def _mutate(arguments: argparse.Namespace) -> int:
+    from .mutation.command import run
 
     return run(arguments)
 

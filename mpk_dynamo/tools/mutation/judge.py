@@ -194,19 +194,15 @@ def _meaning(p: Program) -> object:
             raise VerificationError("P1", "an index leads nowhere")
         return t[name][start : start + count].tolist()
 
-    out = []
-    tiles = {task.id: len(task.tile) for task in p.schedule.tasks.tasks}
+    out: list[object] = []
     try:
         for q in t["queues"]:
             for op, ident, o, oc, w, wc, s, sc, arg in rows("tasks", int(q["task"]), int(q["task_count"])):
-                operands = rows("operands", o, oc)
-                fields = operands, sorted(rows("waits", w, wc)), sorted(rows("signals", s, sc))
-                if op < len(p.kinds) and p.kinds[op].startswith("linear"):
-                    arguments: object = [x[:3] for x in rows("segments", arg[6], arg[7])]
-                else:  # the tile, and for attention where partial results go
-                    used = max(tiles.get(ident, 8), 6 if op < len(p.kinds) and "attention" in p.kinds[op] else 0)
-                    arguments = tuple(arg)[:used]
-                out.append((op, ident, fields, arguments, int(tuple(arg)[7]) if fields else 0))
+                linear = op < len(p.kinds) and p.kinds[op].startswith("linear")
+                segments = [x[:3] for x in rows("segments", arg[6], arg[7])] if linear else []
+                arguments = tuple(arg)[:6] if linear else tuple(arg)
+                counted = sorted(rows("waits", w, wc)), sorted(rows("signals", s, sc))
+                out.append((op, ident, rows("operands", o, oc), *counted, segments, arguments))
             out.append(rows("runs", int(q["run"]), int(q["run_count"])))
     except VerificationError:
         return None
