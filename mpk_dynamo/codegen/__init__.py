@@ -9,7 +9,7 @@ from dataclasses import replace
 from .. import abi
 from ..errors import Unsupported
 from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
-from ..ir.program import Program
+from ..ir.program import Call, Program
 from ..ir.schedule import Schedule
 from ..ir.tasks import TaskGraph
 from ..ops.attention import partial_names
@@ -18,7 +18,7 @@ from ..ops.structure import Structure, structure_of
 from ..targets import Target
 from .bodies import Body, bodies
 from .geometry import linear_geometry
-from .tables import References, build_tables
+from .tables import References, build_tables, fixed_arguments
 
 MAX_SLOTS = 16
 """Slots of the ring at most: past that a deeper ring measured no gain."""
@@ -63,7 +63,17 @@ def generate(schedule: Schedule, target: Target) -> Program:
         threads=THREADS,
         shared_bytes=target.shared_bytes_per_block,
         target=target.name,
+        calls={key: _call(tg, key, opcodes[key], found[key]) for key in used},
     )
+
+
+def _call(tg: TaskGraph, key: tuple[int, str], opcode: int, body: Body) -> Call:
+    node = tg.graph.nodes[key[0]]
+    if not isinstance(node, Linear):
+        return Call(opcode, body.operands, fixed_arguments(tg, key, body))
+    dtype, joint = tg.buffers[node.parts[0].weights[0]].dtype, max(len(p.weights) for p in node.parts)
+    geometry = linear_geometry(node.k.size, node.t.size, dtype, joint, node.origin)
+    return Call(opcode, body.operands, {}, geometry.copy_bytes, int(geometry.tiled))
 
 
 def isolated(program: Program) -> dict[str, Program]:

@@ -84,13 +84,7 @@ def _arguments(tg: TaskGraph, key: tuple[int, str], body: Body, references: Refe
     node = tg.graph.nodes[key[0]]
     if isinstance(node, Linear):
         return _linear_arguments(node, tg.buffers, references)
-    fixed = {}
-    if isinstance(node, Attention):
-        partial, stats = partial_names(node)
-        if key[1] == "attention_combine":
-            fixed[3] = tg.buffers[partial].shape[2]
-        if partial in body.operands:
-            fixed |= {4: body.operands.index(partial), 5: body.operands.index(stats)}
+    fixed = fixed_arguments(tg, key, body)
 
     def arguments(tile: tuple[int, ...], rows: dict[str, list[tuple]]) -> tuple[int, ...]:
         if len(tile) > MAX_TILE:
@@ -102,6 +96,18 @@ def _arguments(tg: TaskGraph, key: tuple[int, str], body: Body, references: Refe
         return tuple(arg)
 
     return arguments
+
+
+def fixed_arguments(tg: TaskGraph, key: tuple[int, str], body: Body) -> dict[int, int]:
+    """Arguments that all tasks of a node and kind share, by place: of attentions, where partial results are."""
+    node, fixed = tg.graph.nodes[key[0]], {}
+    if isinstance(node, Attention):
+        partial, stats = partial_names(node)
+        if key[1] == "attention_combine":
+            fixed[3] = tg.buffers[partial].shape[2]
+        if partial in body.operands:
+            fixed |= {4: body.operands.index(partial), 5: body.operands.index(stats)}
+    return fixed
 
 
 def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: References) -> _Arguments:

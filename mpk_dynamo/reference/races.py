@@ -1,4 +1,4 @@
-"""A dynamic race detector: watches one execution of a task program and finds what another execution could do differently.
+"""A dynamic race detector: watches one execution of a task program, finds what another one could do differently.
 
 Vector clocks (Fidge, Mattern) carry happens-before along queues and events; flagged data orders itself alone. For each
 byte of the arena and each element of a caller's tensor it remembers who wrote last and how far each worker had read, as
@@ -161,8 +161,8 @@ class Detector:
         return self._spaces[name]
 
     def _where(self, b: Buffer, access: Access | None) -> np.ndarray:
-        """Cells of a space: bytes of the arena, or elements. An element of a storage with partitions has a cell for each
-        answer to whether it lies at their positions; an access touches those that it may."""
+        """Cells of a space: bytes of the arena, or elements. An element of a storage with partitions has a cell for
+        each answer to whether it lies at their positions; an access touches those that it may."""
         key = b.name, None if access is None else (access.box, access.partition, access.side)
         if key not in self._cells:
             flat = np.zeros((), np.int64)

@@ -50,7 +50,7 @@ def compile_source(
     options = compile_options(target) if options is None else options
     headers = default_headers() if headers is None else headers
     _check_arch(target)
-    flags = [o.encode() for o in (*options, f"-I{folder or include_dir()}")]
+    flags = [o.encode() for o in (*options, f"-I{folder or include_dir()}", *_own_cache_off(nvrtc))]
     names = [n.encode() for n in headers]
     texts = [t.encode() for t in headers.values()]
     program = _checked(
@@ -74,6 +74,11 @@ def version() -> str:
     nvrtc = _nvrtc()
     major, minor = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
     return f"{major}.{minor}" + "".join(f" {package}" for package in _distributions())
+
+
+def _own_cache_off(nvrtc: Any) -> list[str]:
+    """NVRTC keeps results on disk since 12.9. What comes from there has no log, hence no report of resources."""
+    return ["-no-cache"] if tuple(_checked(nvrtc.nvrtcVersion(), "nvrtcVersion")) >= (12, 9) else []
 
 
 def _distributions() -> list[str]:

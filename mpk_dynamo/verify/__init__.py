@@ -20,7 +20,7 @@ from .loader_rules import check_loader
 from .needed_rules import check_needed
 from .order import EventOrder, Order, QueueOrder
 from .order_rules import check_storages, check_unwritten
-from .program_rules import check_limits, check_opcodes, check_operands, check_waits
+from .program_rules import check_arguments, check_limits, check_opcodes, check_operands, check_waits
 from .program_rules import check_queues as check_queue_tables
 from .replay import replay
 from .report import Report, without_collector
@@ -151,14 +151,15 @@ def verify_program(p: Program, target: object | None = None) -> Report:
     tables = decode(p)
     place = check_queue_tables(p.schedule, tables)
     check_opcodes(p, tables, place)
+    check_arguments(p, tables, place)
     check_waits(p, tables, place)
     check_operands(p, tables, place)
     check_loader(p, tables, place)
     report.count(**{name: len(table) for name, table in tables.items()}, bindings=len(p.bindings))
     report.proved(
         P1="tables decode back to the schedule",
-        P2="opcodes select bodies of the right operator",
-        P3="references are inside arena and bindings",
+        P2="opcodes select the bodies made for their nodes",
+        P3="references are those the bodies expect, inside arena and bindings",
         T7="waits demand the full count",
         S4="threads and shared memory fit the target" if target is not None else "threads are sane; no target given",
     )

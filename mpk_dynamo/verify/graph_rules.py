@@ -95,6 +95,10 @@ def check_versions(graph: Graph) -> None:
         if b is not None and b.storage in current and b.name != current[b.storage]:
             text = f"the graph returns {b.name}, but its memory holds {current[b.storage]} at the end"
             raise VerificationError("G3", text, origin=b.origin)
+    made = {name for node in graph.nodes for name in writes(node)}
+    for name, b in graph.buffers.items():
+        if name != b.storage and name not in made:
+            raise VerificationError("G3", f"no node makes {name}, a version of {b.storage}", origin=b.origin)
 
 
 def _in_place(graph: Graph, node: Node, storage: str, new: str) -> None:

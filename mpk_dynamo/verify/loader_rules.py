@@ -17,7 +17,7 @@ from .program_rules import bound_buffers, span
 from .tables import ARENA_OFFSET, BINDING_SHIFT, slices, split
 
 Run = tuple[int, ...]
-RUN_FIELDS = ("base0", "base1", "rows", "row_bytes")
+RUN_FIELDS = ("base0", "base1", "rows", "row_bytes", "copy", "tiled")
 
 Segment = tuple[int, ...]
 SEGMENT_FIELDS = ("part", "row", "rows")
@@ -102,7 +102,7 @@ def _follow(
     while row < stop:
         if run >= end:
             raise VerificationError("P1", f"no run brings row {row} of {weights[0].name} to {names(tg, [t.id])}")
-        base0, base1, count, row_bytes = runs[run]
+        base0, base1, count, row_bytes, *slots = runs[run]
         bases = [_reference(bound, w, row) for w in weights] + [abi.NO_REF] * (2 - len(weights))
         have = [base0, base1]
         if bases != have or count == 0 or row + count > stop:
@@ -111,6 +111,11 @@ def _follow(
             raise VerificationError("P1", text, origin=node.origin)
         if row_bytes != weights[0].strides[0] * weights[0].dtype.itemsize:
             text = f"run {run} steps by {row_bytes} bytes; {weights[0].name} has strides {weights[0].strides}"
+            raise VerificationError("P3", text, origin=node.origin)
+        call = p.calls[t.node, t.op]
+        if slots != [call.copy_bytes, call.tiled]:
+            text = f"run {run} makes slots of {slots[0]} bytes{' a row piece' if slots[1] else ''}; the body of "
+            text += f"{names(tg, [t.id])} expects {call.copy_bytes}{' a row piece' if call.tiled else ''}"
             raise VerificationError("P3", text, origin=node.origin)
         row += count
         run += 1

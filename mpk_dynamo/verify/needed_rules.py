@@ -3,8 +3,11 @@
 An access that is not declared makes no event, so a tiling that forgets one gives a race that no other rule can see.
 What a task must read follows from what it writes: the store index, turned around, gives the ranges of the loop
 variables, and these give the box of every load. Only memory that the program itself writes matters. Exact where
-indices are a variable plus a constant; where they are not, the task must at least read some of that buffer. Loads
-under a `where` and attention (whose tiles mean what the operator says) are left to rule T10.
+indices are a variable plus a constant, or a sum that leaves out nothing between its ends; where they are not, the task
+must at least read some of that buffer. Loads under a `where` are left to rule T10.
+
+An attention task has the heads whose keys it declares to read, and needs all keys and values of them: which are live is
+found on the device. Partial results (buffers that tiling added) must be read whole, by whichever tasks.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..ir.expr import Const, Expr, Load, Op, Reduce, Var
-from ..ir.graph import Linear, Node, RowMap
+from ..ir.expr import Const, Expr, Load, Op, Reduce, Var, linear_terms
+from ..ir.graph import Attention, Linear, Node, RowMap, expressions
 from ..ir.region import Box
 from ..ir.tasks import Task, TaskGraph
 from .accesses import names
@@ -24,16 +27,24 @@ Ranges = dict[Var, tuple[int, int]]
 Axis = tuple[Var | None, int, int]
 """Of an index: (variable or None, first value at variable 0, extent at a fixed variable)."""
 
+Sum = tuple[tuple[tuple[Var, int], ...], int]
+"""Of an index: variables with their factors, by ascending factor, and a constant."""
+
 
 @dataclass(frozen=True)
 class _Need:
-    """A load of a buffer: its axes over loop variables, or None where the index is not plain."""
+    """A load of a buffer: its axes over loop variables, or None where the index is not plain; then, where they are
+    sums, these."""
 
     buffer: str
     storage: str
     axes: tuple[Axis, ...] | None
+    sums: tuple[Sum, ...] | None = None
 
     def box(self, ranges: Ranges) -> Box | None:
+        if self.sums is not None:
+            spans = [_span(s, ranges) for s in self.sums]
+            return None if None in spans else tuple(spans)  # type: ignore[arg-type]
         if self.axes is None or any(v is not None and v not in ranges for v, _, _ in self.axes):
             return None
         return tuple((o, o + n) if v is None else (ranges[v][0] + o, ranges[v][1] + o) for v, o, n in self.axes)
@@ -56,9 +67,12 @@ def check_needed(tg: TaskGraph) -> int:
     written = {tg.buffers[a.buffer].storage for t in tg.tasks for a in t.writes}
     storage_of = {name: b.storage for name, b in tg.buffers.items() if b.storage in written}
     parts = [_parts(node, tg, written) for node in tg.graph.nodes]
-    compared = 0
+    heads = {i: _heads(node, tg, written) for i, node in enumerate(tg.graph.nodes) if isinstance(node, Attention)}
+    compared = check_partial(tg)
     for t in tg.tasks:
         mine = parts[t.node]
+        if t.node in heads:
+            compared += _check_heads(tg, t, tg.graph.nodes[t.node], heads[t.node])
         if not mine:
             continue
         read: dict[str, list[Box]] = {}
@@ -96,6 +110,103 @@ def _check(tg: TaskGraph, t: Task, need: _Need, box: Box | None, read: list[Box]
         text = f"{names(tg, [t.id])} needs {need.buffer}: {needs}; it declares to read "
         text += f"{[list(b) for b in read]}" if read else "none of it"
         raise fail("T11", tg, t, text)
+
+
+def check_partial(tg: TaskGraph) -> int:
+    """Every element of a buffer that tiling added is read: a sum that leaves out a part is wrong."""
+    added = {b.storage for name, b in tg.buffers.items() if name not in tg.graph.buffers}
+    boxes: dict[str, dict[Box, Task]] = {}
+    for t in tg.tasks if added else ():
+        for a in t.reads:
+            if tg.buffers[a.buffer].storage in added:
+                boxes.setdefault(a.buffer, {})[a.box] = t
+    for name in sorted(added):
+        read, b = boxes.get(name, {}), tg.buffers[name]
+        union = union_volume(list(read))
+        if union != b.numel:
+            task = next(iter(read.values()), None)
+            text = f"tasks read {union} of {b.numel} elements of {name}, which are partial results"
+            raise fail("T11", tg, task, text)
+    return len(added)
+
+
+def _heads(node: Attention, tg: TaskGraph, written: set[str]) -> tuple[_Need, ...]:
+    """What the attention of a head loads from memory that the program writes, keys and values among it."""
+    full = frozenset({node.d, node.s})
+    needs: dict[_Need, None] = {}
+    for e in expressions(node):
+        if e in node.store:
+            continue
+        for ld, bound in _loads(e, full):
+            need = _need(ld.buffer, ld.index, bound, tg, written)
+            if need:
+                needs[need] = None
+    for name, index in ((node.keys, node.key_index), (node.values, node.value_index)):
+        need = _need(name, index, full, tg, written)
+        if need:
+            needs[need] = None
+    return tuple(needs)
+
+
+def _check_heads(tg: TaskGraph, t: Task, node: Attention, needs: tuple[_Need, ...]) -> int:
+    """T11 for a task that attends: the caches of its heads, and what goes into their queries, masks and new rows."""
+    mine = next((a.box for a in t.reads if a.buffer == node.keys), None)
+    if mine is None or any(s >= e for s, e in mine):
+        return 0  # merges partial results
+    ranges: Ranges = {node.s: (0, node.s.size), node.d: (0, node.d.size), node.b: (0, 0), node.h: (0, 0)}
+    for e, span in zip(node.key_index, mine, strict=True):
+        axis = _axis(e, frozenset({node.s, node.d}))
+        if axis is not None and axis[0] in (node.b, node.g):
+            ranges[axis[0]] = span[0] - axis[1], span[1] - axis[1]
+    for v in (node.b, node.g):
+        if v.size == 1:
+            ranges[v] = 0, 1
+    if node.g not in ranges or ranges[node.b] == (0, 0):
+        return 0
+    group = node.h.size // node.g.size
+    ranges[node.h] = ranges[node.g][0] * group, ranges[node.g][1] * group
+    read: dict[str, list[Box]] = {}
+    for a in t.reads:
+        read.setdefault(tg.buffers[a.buffer].storage, []).append(a.box)
+    for need in needs:
+        _check(tg, t, need, need.box(ranges), read.get(need.storage, []))
+    return len(needs)
+
+
+def _need(
+    buffer: str, index: tuple[Expr, ...], bound: frozenset[Var], tg: TaskGraph, written: set[str]
+) -> _Need | None:
+    storage = tg.buffers[buffer].storage
+    if storage not in written:
+        return None
+    axes = [_axis(i, bound) for i in index]
+    if None not in axes and _distinct([a for a in axes if a is not None]):
+        return _Need(buffer, storage, tuple(axes))  # type: ignore[arg-type]
+    sums = [_sum(i) for i in index]
+    if None in sums:
+        return _Need(buffer, storage, None)
+    variables = [v for terms, _ in sums if terms for v, _ in terms]  # type: ignore[misc]
+    exact = len(set(variables)) == len(variables)
+    return _Need(buffer, storage, None, tuple(sums) if exact else None)  # type: ignore[arg-type]
+
+
+def _sum(e: Expr) -> Sum | None:
+    """The index as a sum of variables with positive factors, or None."""
+    terms, constant = linear_terms(e)
+    if any(not isinstance(v, Var) or c < 0 for v, c in terms.items()):
+        return None
+    return tuple(sorted(((v, c) for v, c in terms.items()), key=lambda x: x[1])), constant  # type: ignore[misc]
+
+
+def _span(s: Sum, ranges: Ranges) -> tuple[int, int] | None:
+    """The values of a sum, when these are all integers from the first to the last."""
+    low, wide = s[1], 0
+    for v, factor in s[0]:
+        start, stop = ranges.get(v, (0, v.size))
+        if factor > wide + 1 and stop - start > 1:
+            return None
+        low, wide = low + factor * start, wide + factor * (stop - start - 1)
+    return low, low + wide + 1
 
 
 def _parts(node: Node, tg: TaskGraph, written: set[str]) -> dict[str, _Part]:

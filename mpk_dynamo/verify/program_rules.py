@@ -50,15 +50,26 @@ def check_queues(s: Schedule, tables: Mapping[str, np.ndarray]) -> np.ndarray:
                 "P1", f"queue of worker {w}, place {k}: {found} in the table, {expected} in the schedule"
             )
         place[want] = start[w] + np.arange(length[w])
-    for t, arg in zip(s.tasks.tasks, tasks["arg"][place].tolist(), strict=True):
-        if t.op != "linear" and tuple(arg[: len(t.tile)]) != t.tile:
-            text = f"{names(s.tasks, [t.id])} has arguments {arg}, tile {t.tile}"
-            raise VerificationError("P1", text)
     return place
 
 
+def check_arguments(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
+    """P1 for arguments: the tile, what the body is told besides, and zeros. A linear has its segments alone, in the
+    last two places, which the rules of the loader look at."""
+    s = p.schedule
+    for t, arg in zip(s.tasks.tasks, tables["tasks"]["arg"][place].tolist(), strict=True):
+        if t.op == "linear":
+            want, arg = [0] * 6, arg[:6]
+        else:
+            want = [*t.tile, *(0,) * (len(arg) - len(t.tile))]
+            for at, value in p.calls[t.node, t.op].arguments.items():
+                want[at] = value
+        if arg != want:
+            raise VerificationError("P1", f"{names(s.tasks, [t.id])} has arguments {arg}, not {want}")
+
+
 def check_opcodes(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
-    """P2: each task's opcode selects a body of its operator."""
+    """P2: each task's opcode selects a body of its operator, the one made for its node."""
     ops = tables["tasks"]["op"][place]
     beyond = ops >= len(p.kinds)
     if beyond.any():
@@ -68,6 +79,11 @@ def check_opcodes(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarra
     for t, op in zip(p.schedule.tasks.tasks, ops.tolist(), strict=True):
         if families[op] != t.op:
             text = f"{names(p.schedule.tasks, [t.id])}, a {t.op}, has opcode {op}, which is {p.kinds[op]}"
+            raise VerificationError("P2", text)
+        call = p.calls.get((t.node, t.op))
+        if call is None or op != call.opcode:
+            made = "none" if call is None else p.kinds[call.opcode]
+            text = f"{names(p.schedule.tasks, [t.id])} has opcode {op}, which is {p.kinds[op]}; its node's is {made}"
             raise VerificationError("P2", text)
 
 
@@ -101,8 +117,8 @@ def check_waits(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray)
 
 
 def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
-    """P3: operands are starts of buffers that tasks of the node use, and none that the task uses is missing. Which
-    comes first is between codegen and the body; weights may come through the loader alone."""
+    """P3: operands are starts of the buffers that the body expects, in its order; these are buffers that tasks of the
+    node use, and none that the task uses is missing. Weights may come through the loader alone."""
     s = p.schedule
     buffers = s.tasks.buffers
     rows = tables["tasks"][place]
@@ -112,6 +128,7 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
         text = f"{names(s.tasks, [t])} has {count[t]} operands of at most {abi.MAX_OPERANDS}"
         raise VerificationError("P1", text)
     owner = _owners(p)
+    binding = {name: i for i, name in enumerate(p.bindings)}
     by_node: list[set[str]] = [set() for _ in s.tasks.graph.nodes]
     needed: dict[tuple[int, str], set[str]] = {}
     first: dict[tuple[int, str, int, int], int] = {}
@@ -127,12 +144,26 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
                 text = f"operand {k} of {names(s.tasks, [t])} refers to {_where(p, ref, owner)}; the node uses "
                 raise VerificationError("P3", text + f"{sorted(by_node[node])}")
         given = set().union(*(owner[ref] for ref in refs if ref != abi.NO_REF))
+        expected = [_reference(p, binding, buffers[name]) for name in p.calls[node, op].operands]
+        if refs != expected:
+            k = next((k for k, (x, y) in enumerate(zip(refs, expected, strict=False)) if x != y), min(n, len(expected)))
+            found = _where(p, refs[k], owner) if k < n else "nothing"
+            wanted = p.calls[node, op].operands[k] if k < len(expected) else "nothing"
+            text = f"operand {k} of {names(s.tasks, [t])} refers to {found}; its body expects {wanted}"
+            raise VerificationError("P3", text)
         graph_node = s.tasks.graph.nodes[node]
         streamed = {w for part in graph_node.parts for w in part.weights} if isinstance(graph_node, Linear) else set()
         missing = needed[node, op] - given - {buffers[w].storage for w in streamed}
         if missing:
             text = f"no operand of {names(s.tasks, [t])} refers to {sorted(missing)}, which it uses"
             raise VerificationError("P3", text)
+
+
+def _reference(p: Program, binding: Mapping[str, int], b: Buffer) -> int:
+    if b.kind is BufferKind.SCRATCH:
+        flag = abi.FLAGGED_REF if b.storage in p.schedule.tasks.flagged else 0
+        return abi.ARENA_REF | flag | p.schedule.arena[b.storage]
+    return binding.get(b.storage, -1) << BINDING_SHIFT
 
 
 def _owners(p: Program) -> dict[int, set[str]]:

@@ -29,6 +29,7 @@ from gpu.harness import DEVICE, ON_GPU, Step, build_all, emit, lower, on_device 
 
 from mpk_dynamo.ir.graph import Graph  # noqa: E402
 from mpk_dynamo.ir.schedule import Schedule  # noqa: E402
+from mpk_dynamo.ir.types import BufferKind, DType  # noqa: E402
 from mpk_dynamo.ops.sampling import sample_tensors  # noqa: E402
 from mpk_dynamo.passes.graph import PASSES  # noqa: E402
 from mpk_dynamo.reference import Executor  # noqa: E402
@@ -44,6 +45,13 @@ MODELS = {
 }
 
 
+def long_linear() -> Graph:
+    """Weights of so many slots that every worker's ring goes around several times."""
+    builder = graphs.Builder()
+    x = builder.caller("x", (1, 4096), DType.BF16, BufferKind.INPUT)
+    return builder.graph(builder.linear(x, builder.caller("weight", (512, 4096), DType.BF16)))
+
+
 def programs(words: list[str]) -> dict[str, tuple[Graph, dict[str, torch.Tensor]]]:
     """Graph and tensors of the caller, by name."""
     out = {}
@@ -55,6 +63,7 @@ def programs(words: list[str]) -> dict[str, tuple[Graph, dict[str, torch.Tensor]
         for graph_pass in PASSES:
             graph = graph_pass(graph)
         out[name] = graph, interpreter.random_memory(graph, 0)
+    out["long linear"] = long_linear(), interpreter.random_memory(long_linear(), 0)
     return {name: made for name, made in out.items() if not words or any(w in name for w in words)}
 
 

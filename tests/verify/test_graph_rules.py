@@ -91,7 +91,7 @@ def linear(x=None, epilogue=None, **part) -> Graph:
     buffers = [buffer("a", BF16, (2, 8), INPUT), buffer("o", BF16, (2, 6), OUTPUT), buffer("f", F32, (6, 8), PARAM)]
     buffers += [buffer("w", BF16, (6, 8), PARAM), buffer("v", BF16, (6, 8), PARAM), buffer("u", BF16, (5, 8), PARAM)]
     buffers.append(buffer("m", BF16, (6, 8), PARAM, strides=(1, 6)))
-    buffers += [buffer("st", F32, (2, 8), STATE), buffer("st@1", F32, (2, 8), STATE, storage="st")]
+    buffers.append(buffer("st", F32, (2, 8), STATE))
     return graph([Linear("l", t, k, x, (made,), "model.up")], buffers, ["o"])
 
 

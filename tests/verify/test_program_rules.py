@@ -72,7 +72,7 @@ def meaning(p: Program) -> object:
             fields = (rows("operands", o, oc), sorted(rows("waits", w, wc) or []), sorted(rows("signals", s, sc) or []))
             is_linear = p.kinds[op].startswith("linear") if op < len(p.kinds) else False
             segments = rows("segments", arg[6], arg[7]) if is_linear else None
-            args = None if is_linear else tuple(arg)
+            args = tuple(arg)[:6] if is_linear else tuple(arg)
             segments = [x[:3] for x in segments] if segments else None
             inside = w + wc <= len(t["waits"]) and s + sc <= len(t["signals"])
             out.append((op, ident, *fields, inside, segments, args))
@@ -88,11 +88,9 @@ def test_accepts_generated_programs():
 
 
 def corruptions(p: Program) -> Iterator[tuple[str, Program]]:
-    # where the order of operands, and arguments beyond the tile, are the body's own affair
-    free = {("operands", "ref"), ("runs", "copy"), ("runs", "tiled"), ("runs", "pad")}
     for name, table in tables(p).items():
         for field in table.dtype.names:
-            if (name, field) in free:
+            if field == "pad":
                 continue
             for row in range(len(table)):
                 places = range(8) if field == "arg" else [None]
@@ -110,8 +108,6 @@ def corruptions(p: Program) -> Iterator[tuple[str, Program]]:
 @pytest.mark.parametrize("p", [LINEAR, SPLIT, PROGRAMS[0], FLAGGED], ids=["linear", "attention", "row_map", "flagged"])
 def test_every_corruption_that_changes_the_meaning_is_refused(p):
     want, rules = meaning(p), Counter()
-    tile_lengths = {t.id: len(t.tile) for t in p.schedule.tasks.tasks}
-    ids = tables(p)["tasks"]["id"]
     for what, mutant in corruptions(p):
         try:
             verify_program(mutant, TARGET)
@@ -119,14 +115,6 @@ def test_every_corruption_that_changes_the_meaning_is_refused(p):
             rules[error.rule] += 1
             continue
         rules["same meaning"] += 1
-        if ".operand_count +" in what:
-            continue  # bodies find operands by place, so more at the end change nothing
-        if what.startswith("tasks[") and ".arg[" in what:
-            task = int(ids[int(what[6 : what.index("]")])])
-            place = int(what[what.index(".arg[") + 5 :].split("]")[0])
-            free = range(6) if p.schedule.tasks.tasks[task].op == "linear" else range(tile_lengths[task], 8)
-            assert place in free, f"{what} was accepted"
-            continue
         assert meaning(mutant) == want, f"{what} was accepted"
     print(dict(rules))
     assert rules["P1"] > 10 and rules["same meaning"] < rules.total() / 2

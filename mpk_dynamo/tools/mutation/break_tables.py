@@ -78,8 +78,10 @@ def _field(table: str, fields: tuple[str, ...]) -> ProgramBreaker:
         place = (row, r.randrange(column.shape[1])) if column.ndim > 1 else (row,)
         old = int(column[place])
         bits = 8 * column.dtype.itemsize
-        other = int(column[r.randrange(len(rows))][place[1:]]) if column.ndim > 1 else int(column[r.randrange(len(rows))])
+        other = int(column[(r.randrange(len(rows)), *place[1:])])
         new = r.choice([old + 1, old - 1, old ^ 1 << r.randrange(bits), other])
+        if new == old:
+            return None
         new &= (1 << bits) - 1
         column[place] = new - (1 << bits) if column.dtype.kind == "i" and new >> (bits - 1) else new
         what = f"{table}[{row}].{field}{list(place[1:]) or ''}: {int(column[place])} for {old}"

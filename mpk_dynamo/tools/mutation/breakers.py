@@ -1,8 +1,8 @@
 """Ways to break a valid TaskGraph or Schedule, one thing at a time.
 
 Each takes a random source and a program, and gives (what was done, broken program), or None where it finds nothing to
-break. Changes to regions come twice: with events kept (`check` sees a wrong declaration) and, in command.py, with events
-derived anew from the wrong declaration, as from an operator that forgets what it touches.
+break. Changes to regions come twice: with events kept and, in command.py, with events derived anew from the wrong
+declaration, as from an operator that forgets what it touches.
 """
 
 from __future__ import annotations

@@ -24,13 +24,12 @@ ATTEMPTS = 4
 
 @dataclass
 class Tally:
-    """Of one kind. rules: rule -> mutants that it refused. harmless: survivors that the judge has shown to do what the
-    valid program does. strict: refused mutants that are harmless to the judge. survivors: the rest, each in words."""
+    """Of one kind. rules: rule -> mutants that it refused. harmless: mutants let pass that the judge has shown to do
+    what the valid program does. survivors: those let pass that do something else, each in words."""
 
     stage: str
     rules: Counter[str] = field(default_factory=Counter)
     harmless: int = 0
-    strict: int = 0
     survivors: list[str] = field(default_factory=list)
 
     @property
@@ -40,7 +39,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to break programs: make(random, subject) -> (what, mutant), the verifier's and the judge's function of it."""
+    """A way to break programs: make(random, subject) -> (what, mutant), and the verifier's and the judge's function."""
 
     name: str
     stage: str
@@ -132,14 +131,11 @@ def _answer(kind: Kind, s: Subject, what: str, mutant: Any, tally: Tally) -> Non
     verify._proven.clear()  # each mutant by itself
     try:
         kind.verify(mutant, s)
-        rule = ""
     except VerificationError as error:
-        rule = error.rule
+        tally.rules[error.rule] += 1
+        return
     harm = kind.harm(mutant, s)
-    if rule:
-        tally.rules[rule] += 1
-        tally.strict += not harm
-    elif harm:
+    if harm:
         tally.survivors.append(f"{s.name}: {what}: {harm}")
     else:
         tally.harmless += 1
@@ -147,7 +143,7 @@ def _answer(kind: Kind, s: Subject, what: str, mutant: Any, tally: Tally) -> Non
 
 def table(tallies: dict[tuple[str, str], Tally]) -> str:
     """Markdown: a row per kind, and the sum."""
-    lines = ["| stage | broken | mutants | refused | by rules | harmless | survivors |", "|---|---|---|---|---|---|---|"]
+    lines = ["| stage | broken | mutants | refused | by rules | harmless | survivors |", "|---" * 7 + "|"]
 
     def row(stage: str, name: str, ts: list[Tally], rules: str) -> str:
         killed, harmless = sum(t.rules.total() for t in ts), sum(t.harmless for t in ts)
@@ -179,17 +175,18 @@ def run(arguments: Namespace) -> int:
     print(table(tallies))
     total, harmless = sum(t.mutants for t in tallies.values()), sum(t.harmless for t in tallies.values())
     killed = sum(t.rules.total() for t in tallies.values())
-    strict = sum(t.strict for t in tallies.values())
     harmful = total - harmless
-    print(f"\n{total} mutants of {len(subjects)} programs: {killed} refused ({strict} of them harmless to the judge), "
+    print(f"\n{total} mutants of {len(subjects)} programs: {killed} refused, "
           f"{harmless} let pass and harmless, {len(survivors)} survivors; "
           f"{killed / harmful if harmful else 1:.2%} of all others refused, in {time.perf_counter() - start:.0f} s")  # fmt: skip
     for (stage, name), t in tallies.items():
         for text in t.survivors[: arguments.show]:
             print(f"survivor ({stage}, {name}): {text}")
     if arguments.json:
-        rows = [{"stage": k[0], "kind": k[1], "mutants": t.mutants, "rules": dict(t.rules), "harmless": t.harmless,
-                 "strict": t.strict, "survivors": t.survivors} for k, t in tallies.items()]  # fmt: skip
+        rows = [
+            {"stage": stage, "kind": name, "rules": dict(t.rules), "harmless": t.harmless, "survivors": t.survivors}
+            for (stage, name), t in tallies.items()
+        ]
         with open(arguments.json, "w") as file:
             json.dump({"models": [s.name for s in subjects], "seed": arguments.seed, "kinds": rows}, file, indent=1)
     return 1 if survivors else 0

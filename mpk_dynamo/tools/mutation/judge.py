@@ -1,8 +1,8 @@
 """The second opinion on mutants that the verifier lets pass: elements, vector clocks and decoded tables; no code of
 verify/.
 
-What a task really touches is what the valid program declares of it (the conformance tests run every operator under guard
-for that). So a mutant is harmless when the same tasks, run as it orders and places them, touch the same memory without
+What a task really touches is what the valid program declares of it (the conformance tests run every operator under
+guard for that). So a mutant is harmless when the same tasks, run as it orders and places them, touch the same memory without
 a race and to an end.
 """
 

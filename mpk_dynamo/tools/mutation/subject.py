@@ -44,7 +44,7 @@ def subject(name: str, target_name: str = "sm_90a") -> Subject:
 
     family, _, batch = name.partition(":")
     if family not in FAMILIES or not (batch or "1").isdigit():
-        raise OptionError(f"no model {name!r}", remedy=f"FAMILY or FAMILY:BATCH, with a family of {', '.join(FAMILIES)}")
+        raise OptionError(f"no model {name!r}", remedy=f"FAMILY or FAMILY:BATCH; families: {', '.join(FAMILIES)}")
     target, made = known(target_name), []
 
     def keep(gm: "torch.fx.GraphModule", example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
