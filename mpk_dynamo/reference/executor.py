@@ -125,11 +125,13 @@ def interleave(schedule: Schedule, order: str = "round_robin", seed: int = 0) ->
     the flagged data it reads is there.
 
     "round_robin": workers take turns, one task each. "program": the first worker that can goes as far as it can;
-    "reversed": the last one; "random": any. Raises VerificationError (S2) when all workers wait.
+    "reversed": the last one; "random": any; "starved": one worker, `seed` modulo their number, goes only when nobody
+    else can. Raises VerificationError (S2) when all workers wait.
     """
     tg, progress = schedule.tasks, Progress(schedule.tasks)
     heads = [0] * schedule.workers
-    pick = None if order == "round_robin" else _picker(order, seed)
+    hungry = seed % schedule.workers if order == "starved" and schedule.workers else None
+    pick = None if order == "round_robin" else _picker("program" if order == "starved" else order, seed)
     left = sum(len(q) for q in schedule.queues)
 
     def can_go(worker: int) -> bool:
@@ -148,6 +150,7 @@ def interleave(schedule: Schedule, order: str = "round_robin", seed: int = 0) ->
                     step(worker)
         else:
             able = [w for w in range(schedule.workers) if can_go(w)]
+            able = [w for w in able if w != hungry] or able
             if able:
                 step(able[pick(able)])
         if len(progress.done) == before:

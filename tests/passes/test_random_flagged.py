@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import interpreter
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -15,13 +16,27 @@ from mpk_dynamo.passes.graph import PASSES
 from mpk_dynamo.passes.schedule import schedule
 from mpk_dynamo.passes.tasks import derive_events, tile
 from mpk_dynamo.passes.tasks.choose_flagged import flaggable
-from mpk_dynamo.reference import Executor, allocate, run_tasks
+from mpk_dynamo.reference import Executor, allocate, interleave, run_tasks
+from mpk_dynamo.reference.races import find_races
 from mpk_dynamo.verify import verify_schedule, verify_tasks
 
+EXAMPLES = {"max_examples": 50, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+@settings(**EXAMPLES, derandomize=True)
 @given(st.data())
 def test_any_order_gives_the_same_bits(data: st.DataObject) -> None:
+    any_order(data)
+
+
+@pytest.mark.slow
+@settings(**{**EXAMPLES, "max_examples": 3000})
+@given(st.data())
+def test_any_order_gives_the_same_bits_thousands_of_times(data: st.DataObject) -> None:
+    any_order(data)
+
+
+def any_order(data: st.DataObject) -> None:
     drawn = Drawn(data.draw, data.draw(st.sampled_from((1, 3))))
     for _ in range(data.draw(st.integers(5, 16))):
         drawn.step()
@@ -51,6 +66,11 @@ def test_any_order_gives_the_same_bits(data: st.DataObject) -> None:
     memory = allocate(tg.buffers, callers())
     run_tasks(replace(tg, events=(), flagged=frozenset()), memory)  # one by one, as listed
     want = results(memory)
+    for order in ("round_robin", "random"):
+        assert not find_races(s, interleave(s, order, 3))
+    starving = data.draw(st.integers(0, workers - 1))
+    tensors = callers()
+    _same({**tensors, **Executor(s, order="starved", seed=starving, poison=True)(tensors)}, want)
     for order, seed in (("reversed", 0), ("random", 1), ("random", 2)):
         memory = allocate(tg.buffers, callers(), poison=True)
         run_tasks(tg, memory, order, seed)

@@ -138,6 +138,19 @@ def test_a_whole_program_passes_the_guard():
     assert memory["logits"].isfinite().all()
 
 
+def test_a_starved_worker_goes_when_nobody_else_can():
+    s = schedule(tasks(3), 3)
+    worker = {t: w for w, queue in enumerate(s.queues) for t in queue}
+    shares = []
+    for seed in range(3):
+        sequence = interleave(s, "starved", seed)
+        assert sorted(sequence) == list(range(len(worker)))
+        first = next(i for i, t in enumerate(sequence) if worker[t] == seed)
+        early = [t for t in sequence[:first] if worker[t] != seed]
+        shares.append(len(early))
+    assert max(shares) > 0, "nobody was made to wait"
+
+
 def test_an_undeclared_read_is_found():
     tg = tasks(4)
     task = next(t for t in tg.tasks if t.op == "linear")
@@ -150,7 +163,7 @@ def test_an_undeclared_read_is_found():
 
 
 @pytest.mark.parametrize("flagged", [False, True])
-@pytest.mark.parametrize("order", ["round_robin", "program", "reversed", "random"])
+@pytest.mark.parametrize("order", ["round_robin", "program", "reversed", "random", "starved"])
 @pytest.mark.parametrize("workers", [1, 3, 16])
 def test_schedules_run_in_a_poisoned_arena(workers, order, flagged):
     tg = tasks(workers, flagged)

@@ -8,7 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,10 +96,12 @@ def _scheduled(s: Subject, broken: tuple[str, TaskGraph] | None) -> "tuple[str, 
     return broken[0], replace(s.schedule, tasks=broken[1], slots=tuple(range(len(broken[1].events))))
 
 
-def mutate(subjects: list[Subject], count: int, seed: int, say: Callable[[str], None]) -> dict[tuple[str, str], Tally]:
-    """At least `count` mutants in all, where there are so many; by (stage, kind)."""
+def mutate(
+    subjects: list[Subject], count: int, seed: int, say: Callable[[str], None], chosen: Sequence[Kind] = ()
+) -> dict[tuple[str, str], Tally]:
+    """At least `count` mutants in all of some kinds (default: every one), where there are so many; by (stage, kind)."""
     tallies: dict[tuple[str, str], Tally] = {}
-    chosen = kinds()
+    chosen = chosen or kinds()
     each = -(-count // (len(subjects) * len(chosen)))
     for left in range(len(subjects), 0, -1):
         s = subjects[len(subjects) - left]
@@ -175,10 +177,10 @@ def run(arguments: Namespace) -> int:
     print(table(tallies))
     total, harmless = sum(t.mutants for t in tallies.values()), sum(t.harmless for t in tallies.values())
     killed = sum(t.rules.total() for t in tallies.values())
-    harmful = total - harmless
-    print(f"\n{total} mutants of {len(subjects)} programs: {killed} refused, "
-          f"{harmless} let pass and harmless, {len(survivors)} survivors; "
-          f"{killed / harmful if harmful else 1:.2%} of all others refused, in {time.perf_counter() - start:.0f} s")  # fmt: skip
+    rate = killed / (total - harmless) if total > harmless else 1
+    seconds = time.perf_counter() - start
+    print(f"\n{total} mutants of {len(subjects)} programs in {seconds:.0f} s: {killed} refused, {harmless} harmless to")
+    print(f"the judge, {len(survivors)} survivors; {rate:.2%} of what is not harmless is refused")
     for (stage, name), t in tallies.items():
         for text in t.survivors[: arguments.show]:
             print(f"survivor ({stage}, {name}): {text}")

@@ -2,8 +2,8 @@
 verify/.
 
 What a task really touches is what the valid program declares of it (the conformance tests run every operator under
-guard for that). So a mutant is harmless when the same tasks, run as it orders and places them, touch the same memory without
-a race and to an end.
+guard for that). So a mutant is harmless when the same tasks, run as it orders and places them, touch the same memory
+without a race and to an end.
 """
 
 from __future__ import annotations
