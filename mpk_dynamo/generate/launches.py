@@ -22,6 +22,7 @@ from ..loop import LoopState, Sampling
 from ..report import Report, record
 from ..settings import Settings
 from ..specialize import free_numbers, has_symbols, returned_numbers, size_key
+from .inputs import counting_layers
 
 if TYPE_CHECKING:
     from transformers import CompileConfig, PreTrainedModel
@@ -95,7 +96,7 @@ class LoopForward:
             if size not in loops:
                 loops[size] = self._loop(gm, args)
             # where the cache counts in Python and the count is no input, it is a constant of this graph
-            repeats = counts or not _counters(segment.inputs)
+            repeats = counts or not counting_layers(segment.inputs)
             loops[size](args, segment.state, segment.steps if repeats else 1)
             if repeats:
                 segment.repeat = functools.partial(_again, loops[size], args, segment.state)
@@ -179,42 +180,3 @@ def compiled_step(model: "PreTrainedModel", config: "CompileConfig") -> Callable
 
 def forget_compiled(model: "PreTrainedModel") -> None:
     model.__dict__.pop(_ATTRIBUTE, None)
-
-
-def fed_of(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a loop advances among a step's inputs, replaced in `inputs` by copies that are ours to write."""
-
-    def own(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: own(v) for k, v in value.items()}
-        return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
-
-    def tensors(value: Any) -> list[torch.Tensor]:
-        return [t for v in value.values() for t in tensors(v)] if isinstance(value, dict) else [value]
-
-    for name in ("input_ids", "position_ids", "attention_mask"):
-        if inputs.get(name) is not None:
-            inputs[name] = own(inputs[name])
-    found = {name: tensors(inputs[name]) if inputs.get(name) is not None else [] for name in _FED.values()}
-    return {"tokens": inputs["input_ids"], **{kind: found[name] for kind, name in _FED.items()}}
-
-
-_FED = {"positions": "position_ids", "masks": "attention_mask"}
-
-
-def _counters(inputs: dict[str, Any]) -> list[Any]:
-    """Layers of the cache that count their tokens in Python."""
-    from .request import cache_of
-
-    return [layer for layer in cache_of(inputs).layers if hasattr(layer, "cumulative_length_int")]
-
-
-def room_in_window(inputs: dict[str, Any]) -> int | None:
-    """How many steps until a sliding window is full, from where on each step moves the cache; None without one."""
-    return min((x.max_cache_len - x.cumulative_length_int for x in _counters(inputs)), default=None)
-
-
-def count(inputs: dict[str, Any], steps: int) -> None:
-    """Let the layers that count in Python know of `steps` more tokens (fewer where negative)."""
-    for layer in _counters(inputs):
-        layer.cumulative_length_int += steps

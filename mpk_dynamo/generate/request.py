@@ -11,6 +11,7 @@ from transformers.generation import logits_process, stopping_criteria
 
 from ..errors import OptionError
 from ..loop import Sampling
+from ..loop.state import MAX_EOS
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -84,6 +85,8 @@ def stopping_of(criteria: "StoppingCriteriaList") -> Stopping | str:
             host = True
     if criteria.max_length is None:
         return "no maximum length is given"
+    if len(eos) > MAX_EOS:
+        return f"{len(eos)} end-of-sequence ids are given, {MAX_EOS} are possible"
     return Stopping(criteria.max_length, tuple(eos), any(hasattr(c, "eos_token_id") for c in criteria), host)
 
 

@@ -17,7 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import mpk_dynamo
 from mpk_dynamo import pipeline
-from mpk_dynamo.generate.hf import _Pace, compile_config
+from mpk_dynamo.generate.hf import compile_config
+from mpk_dynamo.generate.run import Pace
 from mpk_dynamo.loop import LoopState
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_model" / "model"
@@ -333,7 +334,7 @@ def test_custom_generate_for_one_call(launched: list[int]):
 
 
 def test_launches_grow_until_they_take_long_enough():
-    pace = _Pace(0, short=False)
+    pace = Pace(0, short=False)
     taken = []
     for _ in range(12):
         taken.append(pace.steps)
@@ -341,6 +342,6 @@ def test_launches_grow_until_they_take_long_enough():
     assert taken[:4] == [1, 2, 4, 8] and taken[-1] == 100
     pace.took(100, 10.0)
     assert pace.steps == 1
-    fixed = _Pace(5, short=True)
+    fixed = Pace(5, short=True)
     fixed.took(5, 99.0)
     assert fixed.steps == 5

@@ -1,0 +1,201 @@
+"""One generation: prefill, launches, and the criteria between them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import Unsupported
+from ..loop import LoopState, Sampling
+from ..settings import Settings
+from .inputs import count, fed_of, room_in_window
+from .launches import LoopForward, Segment, compiled_step, loop_forward, notice
+from .request import Stopping, cache_of, penalised_ids
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+LAUNCH_S = 0.1
+"""Aim for the length of a launch in seconds: what Ctrl-C waits for."""
+SHORT_LAUNCH_S = 0.025
+"""The same when somebody reads along, or decides about stopping after each token."""
+
+
+class Generation:
+    """One generation. ids: [B, max_length] int64, of which `length` columns are known."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        input_ids: torch.Tensor,
+        processors: "LogitsProcessorList",
+        criteria: "StoppingCriteriaList",
+        config: "GenerationConfig",
+        settings: Settings,
+        stopping: Stopping,
+        streamer: "BaseStreamer | None",
+    ) -> None:
+        self.model, self.processors, self.criteria, self.config = model, processors, criteria, config
+        self.settings, self.stopping, self.streamer = settings, stopping, streamer
+        self.prompt = self.length = input_ids.shape[1]
+        batch = input_ids.shape[0]
+        self.ids = input_ids.new_zeros(batch, max(stopping.max_length, self.prompt + 1))
+        self.ids[:, : self.prompt] = input_ids
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        self.over = self.refused = False
+        self.cache: Any = None
+
+    def decode(self, sampling: Sampling, model_kwargs: dict[str, Any]) -> None:
+        """Prefill, first token, then launches until the criteria say stop."""
+        prompt = self.ids[:, : self.prompt]
+        first = not getattr(self.config, "is_assistant", False)
+        outputs = self.model._prefill(prompt, self.config, model_kwargs, is_first_iteration=first)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=prompt.device)
+        self.cache = cache_of(model_kwargs)
+        self.vocabulary = logits.shape[-1]
+        self.state = LoopState.create(
+            prompt.shape[0],
+            self.ids.shape[1] - self.prompt,
+            prompt.device,
+            self.vocabulary,
+            sampling,
+            eos=self.stopping.eos if self.stopping.pads else (),
+            pad=_pad(self.config),
+            # torch.manual_seed() makes it reproducible, and each call draws another
+            seed=int(torch.randint(2**63 - 1, ())) if sampling.do_sample else 0,
+            seen_ids=penalised_ids(self.processors, prompt, self.vocabulary),
+        )
+        self.state.choose(logits)
+        self._accept()
+        model_kwargs = self.model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
+        del outputs, logits
+        pace = Pace(self.settings.loop_steps, self.streamer is not None or self.stopping.host)
+        forward = loop_forward(self.model, sampling, self.settings)
+        optimised = getattr(self.model, "_optimize_model_for_decode", contextlib.nullcontext)
+        with optimised():
+            while not self.over:
+                before = self.length
+                inputs = self.model.prepare_inputs_for_generation(
+                    self._known(), next_sequence_length=1, **model_kwargs
+                )
+                self._segment(forward, pace, inputs)
+                model_kwargs = self.model._update_model_kwargs_for_generation(
+                    {}, model_kwargs, is_encoder_decoder=False, num_new_tokens=self.length - before
+                )
+
+    def _segment(self, forward: LoopForward, pace: "Pace", inputs: dict[str, Any]) -> None:
+        """Launches until all is over, or the host has to prepare the inputs anew."""
+        room = room_in_window(inputs)
+        segment = Segment(inputs, fed_of(inputs), self.state)
+        first = True
+        while not self.over:
+            most = self.stopping.max_length - self.length
+            steps = min(pace.steps, most if room is None else min(most, room))
+            begin, before = time.perf_counter(), self.length
+            if first:
+                self._first(forward, segment, steps)
+            else:
+                segment.repeat(steps)
+            done = self._accept()
+            pace.took(done, time.perf_counter() - begin)
+            count(inputs, done - 1 if first else done)  # the model's own code ran once, for the first step
+            taken, first = self.length - before, False
+            room = None if room is None else room - done
+            if taken < done:
+                self._take_back(inputs, done - taken)
+                return
+            if segment.repeat is None or room == 0:
+                return
+
+    def _first(self, forward: LoopForward, segment: Segment, steps: int) -> None:
+        """The launch that goes through Dynamo; where the step has no loop, one step through the compiled model."""
+        if steps > 0 and not self.refused:
+            try:
+                forward.start(segment, steps)
+                return
+            except Unsupported as why:
+                if self.settings.fallback == "error":
+                    raise
+                notice(f"generate() decodes one step per launch: {why}")
+                self.refused = True
+        step = compiled_step(self.model, self.config.compile_config)
+        logits = step(**segment.inputs, return_dict=True).logits
+        self.state.choose(logits[:, -1].to(dtype=torch.float32))
+
+    def _known(self) -> torch.Tensor:
+        return self.ids[:, : self.length].contiguous()
+
+    def _accept(self) -> int:
+        """Take over the tokens chosen since the last call, up to the one after which the criteria say stop; returns
+        how many were chosen."""
+        chosen, ended = self.state.read()
+        start = self.length - self.prompt
+        self.ids[:, self.length : self.prompt + chosen] = self.state.tokens[:, start:chosen]
+        new = self.ids[:, self.length : self.prompt + chosen]
+        if not self.stopping.host:
+            self.length += new.shape[1]
+            self.over = ended or self.length >= self.stopping.max_length
+        else:
+            self._check(new)
+        if self.streamer is not None:
+            for token in self.ids[:, self.prompt + start : self.length].cpu().unbind(1):
+                self.streamer.put(token)
+        return new.shape[1]
+
+    def _check(self, new: torch.Tensor) -> None:
+        """Ask the criteria about one new token after the other, as HF's loop does."""
+        for column in range(new.shape[1]):
+            self.length += 1
+            going = self.unfinished & ~self.criteria(self._known(), None)
+            ended = torch.zeros_like(going)
+            if self.stopping.pads and self.stopping.eos:
+                ended = torch.isin(new[:, column], new.new_tensor(self.stopping.eos))
+            known = bool(((self.unfinished & ~ended) == going).all())
+            self.unfinished = going
+            self.over = not bool(going.any())
+            if self.over or (self.stopping.pads and not known):
+                return  # what was chosen beyond this token did not know that a sequence had ended
+
+    def _take_back(self, inputs: dict[str, Any], steps: int) -> None:
+        """Undo the last `steps` steps: later steps overwrite their keys and values."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(steps)
+        count(inputs, -steps)
+        if not self.over:
+            seen = penalised_ids(self.processors, self._known(), self.vocabulary)
+            self.state.rewind(self.length - self.prompt, ~self.unfinished, seen)
+
+    def result(self) -> Any:
+        """Ids [B, length], or HF's output object."""
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        if self.streamer is not None:
+            self.streamer.end()
+        ids = self.ids[:, : self.length].clone()
+        if not self.config.return_dict_in_generate:
+            return ids
+        names = {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)}
+        name = "cache" if "cache" in names else "past_key_values"
+        return GenerateDecoderOnlyOutput(sequences=ids, **{name: self.cache})
+
+
+class Pace:
+    """How many steps the next launch may have: doubled until a launch takes about as long as it should."""
+
+    def __init__(self, fixed: int, short: bool) -> None:
+        self._fixed, self._aim = fixed, SHORT_LAUNCH_S if short else LAUNCH_S
+        self.steps = fixed or 1
+
+    def took(self, steps: int, seconds: float) -> None:
+        if not self._fixed and steps > 0:
+            self.steps = max(1, min(2 * self.steps, int(self._aim * steps / max(seconds, 1e-9))))
+
+
+def _pad(config: "GenerationConfig") -> int | None:
+    pad = getattr(config, "_pad_token_tensor", None)
+    return None if pad is None else int(pad)
