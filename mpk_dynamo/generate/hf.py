@@ -35,7 +35,6 @@ def sample(
     OptionError, before the first token, when the cache is too small, and whatever a launch raises.
     """
     compile_config = generation_config.compile_config
-    settings = Settings.from_options(compile_config.options if compile_config else None)
     sampling = sampling_of(logits_processor, bool(generation_config.do_sample))
     stopping = stopping_of(stopping_criteria)
     ours = compile_config is not None and compile_config.backend == "mpk" and not generation_config.disable_compile
@@ -59,6 +58,7 @@ def sample(
             **extra,
             **model_kwargs,
         )
+    settings = Settings.from_options(compile_config.options)
     check_capacity(
         cache_of(model_kwargs), input_ids, generation_config, model_kwargs.get("attention_mask"), stopping.max_length
     )

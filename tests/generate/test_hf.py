@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from generate.conftest import CAPACITY, GREEDY, assert_equal, cache_of, lengths, make, one_step, prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -251,6 +258,15 @@ def test_disable_compile_is_hf_s_path_without_a_word(pair: Any, launched: list[i
     with caplog.at_level(logging.WARNING, "mpk_dynamo"):
         assert torch.equal(ours.generate(**how), theirs.generate(**how))
     assert not launched and not [r for r in caplog.records if r.name == "mpk_dynamo"]
+
+
+def test_another_backend_s_options_are_not_ours_to_check(pair: Any, launched: list[int]):
+    ours, theirs = pair
+    how = {**prompts(1), "max_new_tokens": 3, "do_sample": False}
+    other = CompileConfig(backend="eager", mode=None)
+    other.options = {"of": "another backend"}
+    out = ours.generate(**how, compile_config=other, use_cache=False, cache_implementation=None)
+    assert torch.equal(out, theirs.generate(**how)) and not launched
 
 
 @pytest.mark.slow
