@@ -7,7 +7,7 @@ import re
 from ..ir.graph import Linear, Node
 from ..ir.tasks import TaskGraph
 
-_ROOT = re.compile(r"^(args\.\d+|kwargs\.\w+|self)\.(model\.)?")
+_ROOT = re.compile(r"^((args\.\d+|kwargs\.\w+|self)\.)?(model\.(?=.))?")
 _LAYER = re.compile(r"\.\d+(?=\.|$)")
 _COPY = re.compile(r"_\d+$")
 

@@ -94,7 +94,8 @@ def test_names_are_those_of_the_model():
         part = [LinearPart((), 1, ex.acc(0), "y", (), o) for o in origins]
         return Linear("linear_7", ex.var("t", 1), ex.var("k", 4), ex.const(0, DType.F32), tuple(part), "args.0.m")
 
-    layer = "args.0.model.layers.3."
+    assert _name(linear("args.0.model.layers.0.mlp.down_proj"), "linear") == "layers.0.mlp.down_proj"
+    layer = "model.layers.3."
     assert _name(linear(layer + "mlp.down_proj"), "linear") == "layers.3.mlp.down_proj"
     joint = layer + "mlp.gate_proj & " + layer + "mlp.up_proj"
     assert _name(linear(joint), "linear") == "layers.3.mlp.gate_proj+up_proj"
