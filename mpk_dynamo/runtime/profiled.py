@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import abi
 from ..passes.schedule.timeline import Timeline
@@ -58,16 +59,20 @@ class ProfiledCallable:
         self._recorder: Recorder | None = None
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return self.run(args)
+
+    def run(self, args: tuple[Any, ...], steps: int = 1, done: torch.Tensor | None = None) -> tuple[Any, ...]:
+        """As DeviceCallable.run. Launches of several steps are not recorded: a record has room for one."""
         device = self.inner.executable.device
-        if not self._left or device.capture_id(device.stream()):
-            return self.inner(*args)
+        if not self._left or steps > 1 or device.capture_id(device.stream()):
+            return self.inner.run(args, steps, done)
         if self._skip:
             self._skip -= 1
-            return self.inner(*args)
+            return self.inner.run(args, steps, done)
         if self._recorder is None:
             self._recorder = Recorder(self.inner.executable)
         with self._recorder.on():
-            results = self.inner(*args)
+            results = self.inner.run(args, steps, done)
         self._timelines.append(self._recorder.timeline())
         self._left -= 1
         if not self._left:
