@@ -15,6 +15,7 @@ from .errors import MpkError, Unsupported
 from .fallback import Deferred, fall_back
 from .pieces import compile_pieces
 from .pipeline import Place, capture_graph, compile_captured
+from .progress import progress
 from .report import Report, record
 from .settings import Settings
 from .specialize import appends, at_present, changes_per_call, has_symbols
@@ -42,7 +43,8 @@ def mpk(
     report = record(Report(fx_nodes=_size(gm)))
     try:
         _refuse_training(example_inputs)
-        return compile_any(gm, example_inputs, settings, report)
+        with progress(report, settings.progress):
+            return compile_any(gm, example_inputs, settings, report)
     except Unsupported as why:
         return fall_back(gm, example_inputs, settings, report, why)
     except exceptions_allowed_to_be_fallback as error:
@@ -99,6 +101,7 @@ def _compile(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
 ) -> Callable[..., Any]:
     place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
+    dump.script(gm, example_inputs, settings)
     try:
         captured = capture_graph(gm, example_inputs, report, dump)
     except Unsupported as why:
@@ -107,6 +110,7 @@ def _compile(
         return _compile_split(gm, example_inputs, settings, report, dump)
     compiled = compile_captured(captured, place, settings, report, dump)
     _log.info("%s", report.summary())
+    _log.debug("%s", report.detail())
     return compiled
 
 

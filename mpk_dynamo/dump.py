@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .report import Report
 
 if TYPE_CHECKING:
     import torch
+
+    from .settings import Settings
 
 T = TypeVar("T")
 
@@ -38,6 +40,12 @@ class Dump:
         (self.path / "README.txt").write_text(_note(), encoding="utf-8")
         if gm is not None:
             self.text("0-dynamo.py", lambda g: g.print_readable(print_output=False), gm)
+
+    def script(self, gm: "torch.fx.GraphModule", example_inputs: "Sequence[Any]", settings: "Settings") -> None:
+        """A script that compiles the graph again."""
+        from .repro import script
+
+        self.text("repro.py", lambda g: script(g, example_inputs, settings), gm)
 
     def piece(self, number: int, gm: "torch.fx.GraphModule", report: Report) -> "Dump":
         """A folder of its own for a piece of the graph."""
@@ -72,7 +80,8 @@ torch {torch.__version__}, transformers {transformers.__version__}, Python {plat
 5-program.txt   the same with the tables' sizes and the order of the bindings
 mpk_program.*   what went to NVRTC and came from it, nvrtc.log, resources.json
 report.json     counts and seconds
+repro.py        compiles the graph again, by itself: python repro.py [cpu|cuda]
 
-To get here again: the same model call with MPK_DUMP_DIR=<folder>. Sending this folder, the model's config and the
-call (batch, cache length) reports a defect completely; weights are not in it.
+To get here again: that script, or the same model call with MPK_DUMP_DIR=<folder>. Sending this folder, the model's
+config and the call (batch, cache length) reports a defect completely; weights are not in it.
 """

@@ -112,7 +112,9 @@ def compile_loop(
         verify_graph(graph)
     added = [n for n, b in graph.buffers.items() if is_callers(b) and n == b.storage and n.startswith("loop.")]
     positions = {name: len(example_inputs) + i for i, name in enumerate(added)}
-    captured = dataclasses.replace(captured, graph=graph, arguments={**captured.arguments, **positions})
+    captured = dataclasses.replace(
+        captured, graph=graph, arguments={**captured.arguments, **positions}, aliases={}
+    )
     compiled = compile_captured(captured, place, settings, report, dump)
     batch = graph.buffers["loop.finished"].shape[0]
     if place.target.is_gpu:

@@ -47,14 +47,17 @@ class Report:
     target: str = ""
     resources: str = ""  # registers, spills and shared memory, as the runtime reports them
     dump: str = ""
+    current: str = ""  # the stage at work
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall time of the block to `seconds[name]`."""
-        start = time.perf_counter()
+        start, around = time.perf_counter(), self.current
+        self.current = name
         try:
             yield
         finally:
+            self.current = around
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @property
@@ -74,6 +77,16 @@ class Report:
             f"{self.tasks} tasks, {self.events} events, {self.flagged} flagged buffers, {self.workers} workers, "
             f"{self.bytes / 1e6:.1f} MB per call, compiled in {self.total_seconds:.1f} s{outside}"
         )
+
+    def detail(self) -> str:
+        """What the summary leaves out, in a few lines."""
+        nodes = ", ".join(f"{n} {kind}" for kind, n in self.node_kinds.items())
+        tasks = ", ".join(f"{n} {kind}" for kind, n in self.task_kinds.items())
+        seconds = ", ".join(f"{stage} {s:.2f}" for stage, s in self.seconds.items())
+        lines = [f"nodes: {nodes}", f"tasks: {tasks}", f"arena: {self.arena_bytes} bytes", f"seconds: {seconds}"]
+        lines += [f"kernel: {self.target}, {self.resources}"] if self.resources else []
+        lines += [f"dump: {self.dump}"] if self.dump else []
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.summary()

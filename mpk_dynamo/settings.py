@@ -38,6 +38,7 @@ class Settings:
         ("auto", "inductor", "eager", "error"),
     )
     dump_dir: str = _option("", "folder that receives every stage as text, the CUDA source and the report")
+    progress: bool = _option(True, "a line on a terminal about a compilation that takes more than two seconds")
     cache_dir: str = _option("", "folder of compiled kernels; empty: the user's cache folder")
     target: str = _option("", "build for this target, e.g. sm_90a, instead of the present GPU")
     flight: int = _option(4, "ring slots that a worker's loader keeps in flight", minimum=1)

@@ -259,7 +259,7 @@ def test_dump_writes_every_stage(tmp_path: Path):
     (folder,) = tmp_path.iterdir()
     names = {p.name for p in folder.iterdir()}
     stages = {"0-dynamo.py", "1-captured.txt", "2-graph.txt", "3-tasks.txt", "4-schedule.txt"}
-    assert names == {*stages, "README.txt", "report.json"}
+    assert names == {*stages, "README.txt", "report.json", "repro.py"}
     assert all((folder / name).stat().st_size for name in names)
 
 
