@@ -17,6 +17,7 @@ from .pieces import compile_pieces
 from .pipeline import Place, capture_graph, compile_captured
 from .progress import progress
 from .report import Report, record
+from .repro import script
 from .settings import Settings
 from .specialize import appends, at_present, changes_per_call, has_symbols
 from .split import split
@@ -101,7 +102,7 @@ def _compile(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
 ) -> Callable[..., Any]:
     place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
-    dump.script(gm, example_inputs, settings)
+    dump.text("repro.py", lambda g: script(g, example_inputs, settings), gm)
     try:
         captured = capture_graph(gm, example_inputs, report, dump)
     except Unsupported as why:

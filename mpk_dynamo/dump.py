@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .report import Report
 
 if TYPE_CHECKING:
     import torch
-
-    from .settings import Settings
 
 T = TypeVar("T")
 
@@ -40,12 +38,6 @@ class Dump:
         (self.path / "README.txt").write_text(_note(), encoding="utf-8")
         if gm is not None:
             self.text("0-dynamo.py", lambda g: g.print_readable(print_output=False), gm)
-
-    def script(self, gm: "torch.fx.GraphModule", example_inputs: "Sequence[Any]", settings: "Settings") -> None:
-        """A script that compiles the graph again."""
-        from .repro import script
-
-        self.text("repro.py", lambda g: script(g, example_inputs, settings), gm)
 
     def piece(self, number: int, gm: "torch.fx.GraphModule", report: Report) -> "Dump":
         """A folder of its own for a piece of the graph."""
