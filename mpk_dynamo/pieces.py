@@ -77,6 +77,7 @@ def compile_pieces(
                 text = f"{why.message} at {why.origin}" if why.origin else why.message
                 report.left_out[text] = report.left_out.get(text, 0) + piece.report.fx_nodes
         if run is None:
+            report.outside += piece.report.fx_nodes
             run = compile_outside(piece.part.module, _examples(piece, given, made), choice, report)
         takes = tuple(slot[n] for n in piece.part.inputs)
         gives = tuple(slot[n] for n in piece.part.outputs)

@@ -17,8 +17,8 @@ class Report:
     bytes, flops: of one call, as the tasks declare them. launches: kernel launches of one call.
     seconds: wall time per stage, in the order in which they ran.
     programs: of a graph that was split, one report for each piece that became a program, whose numbers are summed up
-    here. left_out: of such a graph, why which nodes run outside of them -> how many. small: pieces that could be
-    programs and are not worth it.
+    here. outside: of such a graph, nodes that run outside of them. left_out: why -> how many for that reason; others
+    are in pieces that are too small to be worth a launch: small, a line for each.
     """
 
     outcome: str = ""
@@ -42,6 +42,7 @@ class Report:
     reason: str = ""  # why a fallback happened
     origin: str = ""  # where in the model
     programs: list["Report"] = field(default_factory=list)
+    outside: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     small: list[str] = field(default_factory=list)
     target: str = ""
@@ -70,7 +71,7 @@ class Report:
             where = f" at {self.origin}" if self.origin else ""
             return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
         split = f"in {len(self.programs)} pieces, " if self.programs else ""
-        outside = f"; {sum(self.left_out.values())} nodes outside: " if self.left_out else ""
+        outside = f"; {self.outside} nodes outside: " if self.left_out else ""
         outside += ", ".join(f"{why} ({n})" for why, n in self.left_out.items())
         return (
             f"{self.outcome or 'lowered'}: {split}{self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "

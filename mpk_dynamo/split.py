@@ -216,7 +216,7 @@ def add_up(report: Report, parts: Sequence[Report]) -> None:
     report.programs = list(parts)
     for f in fields(Report):
         values = [getattr(p, f.name) for p in parts]
-        if f.name in ("fx_nodes", "calls", "workers", "programs", "left_out", "small"):
+        if f.name in ("fx_nodes", "calls", "workers", "programs", "outside", "left_out", "small"):
             continue
         if isinstance(getattr(report, f.name), int):
             setattr(report, f.name, sum(values))

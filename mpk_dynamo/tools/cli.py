@@ -147,13 +147,14 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 def _coverage(arguments: argparse.Namespace) -> int:
     from .coverage import run
-    from .families import FAMILIES
+    from .families import FAMILIES, PARTIAL
 
-    unknown = sorted(set(arguments.family) - set(FAMILIES))
+    known = [*FAMILIES, *([] if getattr(arguments, "published", False) else PARTIAL)]
+    unknown = sorted(set(arguments.family) - set(known))
     if unknown:
         from ..errors import OptionError
 
-        raise OptionError(f"no family {', '.join(unknown)}", remedy=f"known families: {', '.join(FAMILIES)}")
+        raise OptionError(f"no family {', '.join(unknown)}", remedy=f"known families: {', '.join(known)}")
     return run(arguments)
 
 

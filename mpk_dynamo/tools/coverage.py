@@ -30,12 +30,15 @@ from ..ir.expr import loads, reductions
 from ..ir.graph import Graph, Linear, RowMap, expressions
 from ..pipeline import capture_graph, emit, lower
 from ..report import Report, reports
+from ..specialize import changes_per_call, fix_numbers, has_symbols
+from ..split import split
 from .accuracy import ERROR_MARGIN, FACTOR
-from .families import FAMILIES, build
+from .families import FAMILIES, PARTIAL, build
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..capture import Captured
     from ..targets import Target
 
 PROMPT, STEPS = 8, 8
@@ -48,10 +51,11 @@ CLOSE = 0.02
 @dataclass
 class ProgramCoverage:
     """One graph that Dynamo handed out. reason: why it was not captured, or "". device: why it has no device form,
-    or "". calls: of all steps. weights, reduced: bytes of parameters that it reads, and of those that a plain
-    reduction reads instead of a Linear. per_layer: nodes of the last layer."""
+    or "". programs: pieces of it that became programs. calls: of all steps. weights, reduced: bytes of parameters that
+    they read, and of those that a plain reduction reads instead of a Linear. per_layer: nodes of the last layer."""
 
     report: Report
+    programs: int = 1
     reason: str = ""
     device: str = ""
     calls: int = 0
@@ -83,7 +87,7 @@ class Coverage:
     def captured_nodes(self) -> float:
         """Share of the nodes of Dynamo's graphs that are in captured ones."""
         total = sum(p.report.fx_nodes for p in self.programs)
-        return sum(p.report.fx_nodes for p in self.captured) / total if total else 0.0
+        return sum(p.report.fx_nodes - p.report.outside for p in self.captured) / total if total else 0.0
 
     @property
     def weights(self) -> float:
@@ -93,7 +97,7 @@ class Coverage:
     @property
     def launches(self) -> float:
         """Calls of task programs per token: launches of a kernel, on a GPU."""
-        return sum(p.calls for p in self.captured) / STEPS
+        return sum(p.calls * p.programs for p in self.captured) / max(sum(p.calls for p in self.programs), 1)
 
     @property
     def accurate(self) -> bool:
@@ -104,6 +108,9 @@ class Coverage:
         out = [self.failure] if self.failure else []
         out += [f"falls back: {p.reason}" for p in self.programs if p.reason]
         for p in self.captured:
+            if p.report.left_out:
+                reasons = ", ".join(f"{why} ({n})" for why, n in p.report.left_out.items())
+                out.append(f"{p.calls} of {STEPS} steps run in pieces, without {p.report.outside} nodes: {reasons}")
             if p.device:
                 out.append(f"{p.calls} of {STEPS} steps have no device form: {p.device}")
         if self.captured and self.captured[0].reduced:
@@ -213,22 +220,41 @@ def _inspect(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], program: ProgramCoverage, target: "Target"
 ) -> None:
     report = Report()
+    weights: dict[int, int] = {}
+    reduced: dict[int, int] = {}
+    layers: Counter[int] = Counter()
+    programs = _programs(gm, example_inputs, report)
+    for captured, inputs in programs:
+        schedule = lower(captured.graph, target.sm_count, target, report, Dump("", gm, report))
+        try:
+            emit(schedule, target, report, Dump("", gm, report))
+        except Unsupported as why:
+            program.device = f"{why.message} at {why.origin}" if why.origin else why.message
+        graph = schedule.tasks.graph
+        given = {storage: inputs[k] for storage, k in captured.arguments.items()}
+        sizes = {n: x.numel() * x.element_size() for n, x in given.items() if isinstance(x, torch.nn.Parameter)}
+        weights.update({given[name].data_ptr(): size for name, size in sizes.items()})
+        reduced.update({given[n].data_ptr(): sizes[n] for n in _reduced_matrices(graph) if n in sizes})
+        layers.update(_nodes_of_layers(graph))
+    program.programs = len(programs)
+    program.weights, program.reduced = sum(weights.values()), sum(reduced.values())
+    program.per_layer = layers[max(layers)] if layers else 0
+
+
+def _programs(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report
+) -> "list[tuple[Captured, Sequence[Any]]]":
+    """What becomes programs of a graph, each with its inputs; those that another piece makes are None."""
     dump = Dump("", gm, report)
-    captured = capture_graph(gm, example_inputs, report, dump)
-    schedule = lower(captured.graph, target.sm_count, target, report, dump)
-    try:
-        emit(schedule, target, report, dump)
-    except Unsupported as why:
-        program.device = f"{why.message} at {why.origin}" if why.origin else why.message
-    graph = schedule.tasks.graph
-    sizes = {
-        storage: example_inputs[k].numel() * example_inputs[k].element_size()
-        for storage, k in captured.arguments.items()
-        if isinstance(example_inputs[k], torch.nn.Parameter)
-    }
-    program.weights = sum(sizes.values())
-    program.reduced = sum(sizes.get(name, 0) for name in _reduced_matrices(graph))
-    program.per_layer = _nodes_of_last_layer(graph)
+    symbols = has_symbols(gm, example_inputs) and changes_per_call(gm, example_inputs)
+    if not symbols:
+        try:
+            return [(capture_graph(gm, example_inputs, report, dump), example_inputs)]
+        except Unsupported:
+            gm, example_inputs, _, _ = fix_numbers(gm, example_inputs)
+    made = split(gm, example_inputs, report, dump, symbols=symbols)
+    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs))
+    return [(p.captured, [given.get(n) for n in p.part.inputs]) for p in made.pieces if p.captured is not None]
 
 
 def _reduced_matrices(graph: Graph) -> set[str]:
@@ -246,10 +272,9 @@ def _reduced_matrices(graph: Graph) -> set[str]:
     return {graph.buffers[name].storage for name in reduced - streamed}
 
 
-def _nodes_of_last_layer(graph: Graph) -> int:
+def _nodes_of_layers(graph: Graph) -> Counter[int]:
     numbers = [re.search(r"\.(\d+)(?:\.|$)", n.origin) for n in graph.nodes]
-    counts = Counter(int(m[1]) for m in numbers if m)
-    return counts[max(counts)] if counts else 0
+    return Counter(int(m[1]) for m in numbers if m)
 
 
 # --- the table ---
@@ -292,7 +317,7 @@ def table(rows: Iterable[Coverage], markdown: bool = False) -> str:
 
 def run(arguments: Any) -> int:
     """The command. Exit status 1 when a row is inaccurate or failed."""
-    families = arguments.family or list(FAMILIES)
+    families = arguments.family or [*FAMILIES, *([] if arguments.published else PARTIAL)]
     found: dict[tuple[str, int], Coverage] = {}
     with ThreadPoolExecutor(arguments.jobs or max(1, (os.cpu_count() or 1) // 2)) as pool:
         jobs = [pool.submit(_measured_apart, family, arguments) for family in families]

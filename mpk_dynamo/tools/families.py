@@ -109,6 +109,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """By name, widths of one published checkpoint of the family. The number of layers stays the tiny model's."""
 
 
+_EXPERTS: dict[str, Any] = {**_SIZES, "head_dim": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+PARTIAL: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {**_EXPERTS, "model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": []},
+    "mixtral": {**_EXPERTS, "model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
+    "deepseek-v3": {**_EXPERTS, "model_type": "deepseek_v3", "head_dim": 16, "num_key_value_heads": 4,
+                    "n_routed_experts": 4,
+                    "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                    "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+                    "v_head_dim": 16},
+    "gpt-oss": {**_EXPERTS, "model_type": "gpt_oss", "num_local_experts": 4, "sliding_window": WINDOW,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}  # fmt: skip
+"""The same for families of which a part stays outside the programs: mixtures of experts, latent attention."""
+
+
 def build(
     name: str,
     dtype: torch.dtype = torch.bfloat16,
@@ -125,7 +142,7 @@ def build(
 
     implementation = {"attn_implementation": changes.pop("attn_implementation", None)}
     widths = {**PUBLISHED[name], "initializer_range": 0.02} if published else {}
-    config = AutoConfig.for_model(**{**FAMILIES[name], **widths, **changes})
+    config = AutoConfig.for_model(**{**(FAMILIES | PARTIAL)[name], **widths, **changes})
     torch.manual_seed(0)
     kept = {k: v for k, v in implementation.items() if v}
     with torch.device(device):

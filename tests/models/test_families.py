@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from mpk_dynamo.targets import known
 from mpk_dynamo.tools import coverage
 from mpk_dynamo.tools.coverage import Coverage, ProgramCoverage, measure, table
-from mpk_dynamo.tools.families import FAMILIES, build
+from mpk_dynamo.tools.families import FAMILIES, PARTIAL, build
 
 NAMES = list(FAMILIES)
 WINDOWED = ["mistral", "gemma2", "gemma3"]
@@ -71,6 +71,16 @@ def test_eager_attention(name: str) -> None:
         check(c, 2)
         kinds.append(c.programs[0].report.node_kinds)
     assert kinds[0] == kinds[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTIAL)
+def test_families_of_which_a_part_stays_outside(name: str) -> None:
+    c = measure(name, 3, target=known("sm_90a"), steps=4)
+    assert not c.failure and c.accurate, table([c])
+    assert 0.5 < c.captured_nodes < 1.0 and 0.1 < c.weights < 1.0 and c.launches > 1
+    assert all(p.report.programs and p.report.left_out for p in c.programs) and not any(p.device for p in c.programs)
+    assert any("topk" in note and "no lowering" in note for note in c.notes())
 
 
 def test_a_family_that_falls_short_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
