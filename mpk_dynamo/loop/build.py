@@ -78,7 +78,10 @@ class _Builder:
             out = replace(out, name=f"{out.storage}@{version}")
             self.buffers[out.name] = out
         idx = tuple(index(i) if isinstance(i, int) else i for i in store)
-        self.nodes.append(RowMap(f"loop_{name}", dims, body, out.name, idx, ORIGIN))
+        name, taken = f"loop_{name}", {n.name for n in self.nodes}
+        if name in taken:  # a second mask, say
+            name = next(n for k in range(2, len(taken) + 3) if (n := f"{name}_{k}") not in taken)
+        self.nodes.append(RowMap(name, dims, body, out.name, idx, ORIGIN))
         return out
 
     def logits(self, output: int) -> tuple[int, int, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen3Config
 
 import mpk_dynamo
 from mpk_dynamo.generate import launches
@@ -25,7 +25,8 @@ GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 
 def make(family: str = "qwen3", **more: Any) -> Any:
     torch.manual_seed(1)
-    config = {"qwen3": Qwen3Config, "mistral": MistralConfig}[family](**SIZES, **more)
+    kinds = {"qwen3": Qwen3Config, "mistral": MistralConfig, "gemma3": Gemma3TextConfig}
+    config = kinds[family](**SIZES, **more)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
