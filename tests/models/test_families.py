@@ -85,7 +85,7 @@ def test_families_of_which_a_part_stays_outside(name: str) -> None:
 
 def test_a_family_that_falls_short_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Report:
-        fx_nodes, outcome = 10, ""
+        fx_nodes, outcome, outside, left_out = 10, "", 0, {}
 
     refused = ProgramCoverage(Report(), reason="no lowering at model.x", calls=2)  # type: ignore[arg-type]
     formless = ProgramCoverage(Report(), device="a shift", calls=6, weights=50, reduced=25)  # type: ignore[arg-type]
