@@ -465,9 +465,15 @@ def _where(call: Call, x: Expr, y: Expr) -> Expr:
     return E.where(_truth(call, "condition", call.shape), x, y)
 
 
-@rule("masked_fill", "self value")
-def _masked_fill(call: Call, x: Expr, value: Expr) -> Expr:
-    return E.where(_truth(call, "mask", call.shape), value, x)
+@rule("masked_fill", "self")
+def _masked_fill(call: Call, x: Expr) -> Expr:
+    # the value takes the tensor's type, and does not widen it: large integers would lose digits
+    value, kept = call["value"], call["self"].dtype
+    if isinstance(value, View):
+        filled = convert(convert(value.load(()), kept), x.dtype)
+    else:
+        filled = scalar(torch.tensor(value, dtype=_TORCH[kept]).item(), x)
+    return E.where(_truth(call, "mask", call.shape), filled, x)
 
 
 def _overloaded(imp: "Importer", call: Call) -> View:

@@ -1,0 +1,93 @@
+"""Every pointwise operator of the table at the edges of its types, against torch: what is not a number, infinities,
+signed zeros, denormals, the greatest and least values.
+
+Each value stands alone in its tensor's row often enough for torch's vectorised and plain code to meet it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from capturing import run
+from test_pointwise import BINARY, UNARY
+
+REPEATS = 17  # more than a vector of any CPU holds, and no multiple of one
+SLACK = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Relative difference: a unit in the last place of a narrow result, a few of f32, whose functions are others here."""
+
+
+def edges(dtype: torch.dtype) -> torch.Tensor:
+    if dtype is torch.bool:
+        return torch.tensor([False, True])
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
+        return torch.tensor([info.min, info.min + 1, -7, -1, 0, 1, 2, 7, info.max - 1, info.max], dtype=dtype)
+    info = torch.finfo(dtype)
+    positive = [0.0, info.smallest_normal / 4, info.smallest_normal, 1e-3, 0.5, 1.0, 1.5, 2.5, 3.0, 20.0, 90.0]
+    positive += [info.max, float("inf")]
+    return torch.tensor([x for p in positive for x in (p, -p)] + [float("nan")], dtype=torch.float64).to(dtype)
+
+
+def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    """The same kind of number everywhere: nan, an infinity of the same sign, or near; zeros of the same sign."""
+    assert ours.dtype is theirs.dtype and ours.shape == theirs.shape
+    if not theirs.dtype.is_floating_point:
+        assert torch.equal(ours, theirs), what
+        return
+    a, b = ours.double(), theirs.double()
+    finite = b.isfinite()
+    wrong = (a.isnan() != b.isnan()) | (~finite & ~b.isnan() & (a != b)) | (finite & ~a.isfinite())
+    # results below the normal numbers may be flushed or rounded otherwise
+    slack = SLACK[theirs.dtype] * b.abs() + 2 * torch.finfo(theirs.dtype).smallest_normal
+    wrong |= finite & ~((a - b).abs() <= slack)
+    if name not in ZERO_SIGN_OPEN:
+        wrong |= (a == 0) & (b == 0) & (a.signbit() != b.signbit())
+    assert not wrong.any(), f"{what}: {a[wrong][:5].tolist()} for {b[wrong][:5].tolist()}"
+
+
+# the sign of a zero is open where torch takes a maximum or minimum, or its vectorised code differs from its plain one
+ZERO_SIGN_OPEN = frozenset(
+    "gelu relu6 clamp clamp_min clamp_max clip hardtanh fmax fmin maximum minimum max min div.rounding".split()
+)
+# torch's vectorised code for the CPU multiplies and adds in one step, which overflows later
+FUSED = frozenset("add sub rsub".split())
+# an infinite or denormal divisor: not a number here, where torch has special cases
+FLOORED = frozenset("div.rounding floor_divide remainder".split())
+
+
+def check(name: str, function: Callable[..., Any], *args: torch.Tensor) -> None:
+    ours, theirs, *_ = run(lambda *xs: function(*xs), *args)
+    flat = (ours, theirs) if isinstance(ours, (tuple, list)) else ((ours,), (theirs,))
+    for k, (a, b) in enumerate(zip(*flat, strict=True)):
+        if isinstance(b, torch.Tensor):
+            assert_alike(name, a, b, f"result {k} of {[x.dtype for x in args]}")
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_unary(name: str) -> None:
+    function, dtypes = UNARY[name]
+    for dtype in dtypes:
+        check(name, function, edges(dtype).repeat_interleave(REPEATS))
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_binary(name: str) -> None:
+    function, dtypes = BINARY[name]
+    for dtype in dtypes:
+        values = edges(dtype)
+        x, y = values.repeat_interleave(len(values)), values.repeat(len(values))
+        if dtype.is_floating_point and name in FUSED | FLOORED:
+            limit, least = torch.finfo(dtype).max / 4, torch.finfo(dtype).smallest_normal if name in FLOORED else 0.0
+            sizes = x.abs().double(), y.abs().double()
+            kept = ~((sizes[0] > limit) | (sizes[1] > limit) | (sizes[0] <= least) | (sizes[1] <= least))
+            x, y = x[kept], y[kept]
+        if not dtype.is_floating_point and name in UNDEFINED_FOR_INTEGERS:
+            kept = (y != 0) & ~((x == x.min()) & (y == -1))
+            x, y = x[kept], y[kept]
+        check(name, function, x, y)
+
+
+UNDEFINED_FOR_INTEGERS = frozenset(("div.rounding", "floor_divide", "remainder", "fmod", "pow"))
