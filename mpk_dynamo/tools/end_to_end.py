@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     model.generation_config.eos_token_id = None  # random weights end anywhere; every run makes all tokens
     model.generation_config.pad_token_id = 0
     capacity = arguments.max_cache or arguments.prompt + arguments.new
+    _say(f"{arguments.model}: compile and time one step's kernel alone")
     kernel_ms = _kernel_ms(model, arguments, capacity)
     results: dict[str, EndToEnd] = {}
     for name in dict.fromkeys(("mpk", *arguments.against)):
