@@ -3,25 +3,19 @@ sequences; sampling; faults."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from harness import DEVICE, ON_GPU, Step, emit, gpu, kernel_only, lower, target
+from loops import Decoding, model_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from loops import Decoding, model_of  # noqa: E402
-
-from mpk_dynamo.errors import DeviceFault  # noqa: E402
-from mpk_dynamo.ir.types import DType  # noqa: E402
-from mpk_dynamo.loop import Sampling  # noqa: E402
-from mpk_dynamo.ops.choice import Choice  # noqa: E402
-from mpk_dynamo.ops.draw import draw  # noqa: E402
-from mpk_dynamo.ops.sampling import Sample  # noqa: E402
-from mpk_dynamo.runtime import build  # noqa: E402
-from mpk_dynamo.verify.tables import decode  # noqa: E402
+from mpk_dynamo.errors import DeviceFault
+from mpk_dynamo.ir.types import DType
+from mpk_dynamo.loop import Sampling
+from mpk_dynamo.ops.choice import Choice
+from mpk_dynamo.ops.draw import draw
+from mpk_dynamo.ops.sampling import Sample
+from mpk_dynamo.runtime import build
+from mpk_dynamo.verify.tables import decode
 
 pytestmark = gpu
 GREEDY = Sampling()
