@@ -49,7 +49,7 @@ class Settings:
         0, "decode steps per launch inside generate(); 0: grows until a launch takes 0.1 s, 0.025 s with a streamer",
         minimum=0,
     )
-    timeout_s: float = _option(10.0, "bound of every wait on the device, in seconds", minimum=0.001)
+    timeout_s: float = _option(4.0, "bound of every wait on the device, in seconds", minimum=0.001)
 
     @staticmethod
     def from_options(options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> "Settings":
