@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 4
+VERSION = 5
 
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
@@ -72,8 +72,10 @@ RUN = Struct(
         ("base1", "u64", 1),  # second joint weight, or NO_REF
         ("rows", "u32", 1),
         ("row_bytes", "u32", 1),  # of the weight in memory
-        ("copy", "u32", 1),  # bytes of one copy; divides row_bytes or is a multiple of it
-        ("tiled", "u32", 1),  # 0: slots of `copy` contiguous bytes. 1: slots of 8 row pieces of `copy` bytes
+        ("copy", "u32", 1),  # bytes of one copy; divides row_bytes or is a multiple of it, unless tiled
+        # 0: slots of `copy` contiguous bytes. Else rows of a slot, 1 to 8: `copy` bytes of each, then the next `copy`
+        # bytes of all rows. Tiles of 8 rows are brought one joint weight after the other.
+        ("tiled", "u32", 1),
     ),
 )
 QUEUE = Struct("Queue", (("task", "u32", 1), ("task_count", "u32", 1), ("run", "u32", 1), ("run_count", "u32", 1)))

@@ -37,20 +37,8 @@ def generate(schedule: Schedule, target: Target) -> Program:
     found = _bodies(tg, {node for node, op in used if op == "attention_combine"})
     kinds: dict[tuple[str, str], int] = {}
     opcodes = {key: kinds.setdefault((found[key].call, found[key].text), len(kinds)) for key in used}
-    slot_bytes = max(
-        [
-            linear_geometry(
-                n.k.size,
-                n.t.size,
-                tg.buffers[n.parts[0].weights[0]].dtype,
-                max(len(p.weights) for p in n.parts),
-                n.origin,
-            ).slot_bytes
-            for n in tg.graph.nodes
-            if isinstance(n, Linear)
-        ],
-        default=1024,
-    )
+    linears = (n for n in tg.graph.nodes if isinstance(n, Linear))
+    slot_bytes = max((linear_geometry(n, tg.buffers).slot_bytes for n in linears), default=1024)
     references = References(schedule)
     source = _source(kinds, [found[key] for key in used], slot_bytes, target, len(references.bindings))
     op_of = {opcodes[key]: key[1] for key in used}

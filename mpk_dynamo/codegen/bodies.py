@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import Unsupported
-from ..ir.expr import Expr, Var, acc, bounds, cast, linear_terms, loads, reductions, substitute
+from ..ir.expr import Expr, Load, Var, acc, bounds, cast, linear_terms, loads, reductions, substitute
 from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
 from ..ir.types import Buffer, BufferKind, DType
 from ..ops import operator_of
@@ -21,7 +21,7 @@ from .expressions import (
     split_index,
     unconditional_loads,
 )  # fmt: skip
-from .geometry import linear_geometry
+from .geometry import Geometry, linear_geometry
 
 TEMPLATE = "template <class Ctx>"
 
@@ -119,88 +119,23 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
                 raise Unsupported(why, origin=node.origin)
             if buffers[w].strides != (node.k.size, 1) or buffers[w].dtype is not weight.dtype:
                 raise Unsupported(f"weight {w} is not a contiguous {weight.dtype.value} matrix", origin=node.origin)
-    geometry = linear_geometry(node.k.size, node.t.size, weight.dtype, joint, node.origin)
+    geometry = linear_geometry(node, buffers)
     width = 16 // weight.dtype.itemsize
     element = MEMORY_TYPE[weight.dtype]
     lines = [
         f"  using Element = {element};",
         f"  static constexpr bool HALF = {'true' if weight.dtype is DType.F16 else 'false'};",
         f"  static constexpr int T = {node.t.size}, K = {node.k.size}, JOINT = {joint};",
-        f"  static constexpr int COPY_BYTES = {geometry.copy_bytes};",
     ]
-    # The prologue, `width` consecutive k at a time. What it reads along k is held in registers: operands that nothing
-    # writes (weights of norms) are loaded before the task's events have come, the rest once, right after.
-    found = reductions(node.x)
-    if found and node.t.size > 1:
-        raise Unsupported("with several tokens the prologue of a linear may hold no reductions", origin=node.origin)
-    for r in found:
-        if r.var.size != node.k.size or not r.free <= {node.t}:
-            raise Unsupported(
-                f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin
-            )
-    lines.append(f"  static constexpr int REDUCTIONS = {len(found)};")
-    along_k = [substitute(r.body, {r.var: node.k}) for r in found]
-    held = list(dict.fromkeys(ld for e in (*along_k, node.x) for ld in aligned_loads(e, buffers, node.k, width)))
-    held = [ld for ld in held if buffers[ld.buffer].storage not in flagged or ld.dtype.itemsize * width % 16 == 0]
-    packs = ["FlaggedPack" if buffers[ld.buffer].storage in flagged else "Pack" for ld in held]
-    members = " ".join(
-        f"{pack}<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};"
-        for i, (pack, ld) in enumerate(zip(packs, held))
-    )
-    lines.append(f"  struct Held {{ {members} }};")
-    fixed, moving, polled = [], [], []
-    for i, ld in enumerate(held):
-        emitter = Emitter(buffers, operands, {node.t: "t", node.k: "k0"}, flagged=flagged, origin=node.origin)
-        address = emitter.address(ld, node.k)
-        written = buffers[ld.buffer].kind not in (BufferKind.PARAM, BufferKind.INPUT)
-        (moving if written else fixed).append(f"{{ {' '.join(emitter.lines)} held.v{i}.load({address} + k0); }}")
-        if packs[i] == "FlaggedPack":
-            polled.append(f"{{ {' '.join(emitter.lines)} complete = held.v{i}.poll({address} + k0) && complete; }}")
-    lines.append(
-        "  template <bool FIXED, class Ctx> MPK_DEVICE static void load(Ctx& c, int t, int k0, Held& held) {\n"
-        f"    if constexpr (FIXED) {{ {' '.join(fixed)} }}\n    else {{ {' '.join(moving)} }}\n  }}"
-    )
-    lines.append(
-        f"  {TEMPLATE} MPK_DEVICE static bool poll(Ctx& c, int t, int k0, Held& held) {{ bool complete = true; "
-        f"{' '.join(polled)} return complete; }}"
-    )
-    names: dict[Expr, str] = {node.t: "t"}
-
-    def vector(body: Expr) -> str:
-        used = [i for i, ld in enumerate(held) if ld in set(loads(body))]
-        arrays = " ".join(f"float a{i}[{width}]; held.v{i}.unpack(a{i});" for i in used)
-        inner = Emitter(
-            buffers,
-            operands,
-            {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}},
-            flagged=flagged,
-            origin=node.origin,
-        )
-        value = inner.emit(body)
-        return (
-            f"{arrays}\n#pragma unroll\n    for (int i = 0; i < {width}; ++i) "
-            f"{{ [[maybe_unused]] const int k = k0 + i; {' '.join(inner.lines)} out[i] = {value}; }}"
-        )
-
-    arguments = f"Ctx& c, int t, int k0, const Held& held, const float* red, float (&out)[{width}]"
-    terms, combines = [], []
-    for i, (r, body) in enumerate(zip(found, along_k, strict=True)):
-        terms.append(f"    if constexpr (I == {i}) {{ {vector(body)} }}")
-        combines.append(REDUCERS[r.name])
-        names[r] = f"red[{i}]"
-    if found:
+    if geometry.slot_rows:
+        lines.append(f"  static constexpr int SLOT_ROWS = {geometry.slot_rows}, CHUNK = {geometry.chunk};")
+    else:
+        lines.append(f"  static constexpr int COPY_BYTES = {geometry.copy_bytes};")
         lines.append(
-            f"  template <int I, class Ctx> MPK_DEVICE static void term({arguments}) {{\n" + "\n".join(terms) + "\n  }"
+            f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ "
+            f"load_vector_shared<{element}>(p, out); }}"
         )
-        chain = combines[-1]
-        for i in reversed(range(len(combines) - 1)):
-            chain = f"Select<I == {i}, {combines[i]}, {chain}>"
-        lines.append(f"  template <int I> using Combine = {chain};")
-    lines.append(f"  {TEMPLATE} MPK_DEVICE static void x({arguments}) {{\n    {vector(node.x)}\n  }}")
-    lines.append(
-        f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ "
-        f"load_vector_shared<{element}>(p, out); }}"
-    )
+    lines += _prologue(node, buffers, flagged, operands, geometry, weight)
     counts = [len(p.weights) for p in node.parts]
     lines.append(f"  MPK_DEVICE static int joint(u32 part) {{ return {_choose([str(n) for n in counts])}; }}")
     # What the epilogue reads is loaded before the weights stream by, and held.
@@ -240,7 +175,117 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}], "
         "const u32 (&held)[HOLD]) {\n" + "\n".join(cases) + "\n  }"
     )
-    return Body("linear", "linear_mma" if geometry.tiled else "linear", "\n".join(lines) + "\n", tuple(operands.names))
+    call = "linear_mma" if geometry.slot_rows else "linear"
+    return Body("linear", call, "\n".join(lines) + "\n", tuple(operands.names))
+
+
+def _prologue(
+    node: Linear,
+    buffers: Mapping[str, Buffer],
+    flagged: frozenset[str],
+    operands: Operands,
+    geometry: Geometry,
+    weight: Buffer,
+) -> list[str]:
+    """Members that compute x, `width` consecutive k at a time. What they read along k is held in registers: operands
+    that nothing writes (weights of norms) are loaded before the task's events have come, the rest once, right after.
+    On tensor cores, what depends on the token is held apart from what all tokens share."""
+    width, tensor_cores = 16 // weight.dtype.itemsize, geometry.slot_rows > 0
+    found = reductions(node.x)
+    if found and node.t.size > 1 and not tensor_cores:
+        why = f"with several tokens the prologue of a {weight.dtype.value} linear may hold no reductions"
+        raise Unsupported(why, origin=node.origin)
+    for r in found:
+        if r.var.size != node.k.size or not r.free <= {node.t}:
+            raise Unsupported(
+                f"the prologue reduces over something else than the depth: {r!r}"[:300], origin=node.origin
+            )
+    lines = [f"  static constexpr int REDUCTIONS = {len(found)};"]
+    along_k = [substitute(r.body, {r.var: node.k}) for r in found]
+    held = list(dict.fromkeys(ld for e in (*along_k, node.x) for ld in aligned_loads(e, buffers, node.k, width)))
+    held = [ld for ld in held if buffers[ld.buffer].storage not in flagged or ld.dtype.itemsize * width % 16 == 0]
+    packs = ["FlaggedPack" if buffers[ld.buffer].storage in flagged else "Pack" for ld in held]
+
+    def early(ld: Load) -> bool:
+        return buffers[ld.buffer].kind in (BufferKind.PARAM, BufferKind.INPUT) and not (
+            tensor_cores and node.t in ld.free
+        )
+
+    # of each held load: whether it is early, and its place
+    places = [("column" if early(ld) else "row") if tensor_cores else "held" for ld in held]
+    fixed, moving, polled = [], [], []
+    for i, ld in enumerate(held):
+        emitter = Emitter(buffers, operands, {node.t: "t", node.k: "k0"}, flagged=flagged, origin=node.origin)
+        address, at = emitter.address(ld, node.k), f"{places[i]}.v{i}"
+        (fixed if early(ld) else moving).append(f"{{ {' '.join(emitter.lines)} {at}.load({address} + k0); }}")
+        if packs[i] == "FlaggedPack":
+            polled.append(f"{{ {' '.join(emitter.lines)} complete = {at}.poll({address} + k0) && complete; }}")
+    poll = f"{{ bool complete = true; {' '.join(polled)} return complete; }}"
+
+    def struct(name: str, place: str) -> str:
+        members = " ".join(
+            f"{packs[i]}<{MEMORY_TYPE[buffers[ld.buffer].dtype]}, {width}> v{i};"
+            for i, ld in enumerate(held)
+            if places[i] == place
+        )
+        return f"  struct {name} {{ {members} }};"
+
+    if tensor_cores:
+        plain = len(held) == 1 and node.x is held[0] and places == ["row"] and held[0].dtype is weight.dtype
+        lines += [
+            struct("Column", "column"),
+            struct("Row", "row"),
+            f"  static constexpr bool PLAIN = {'true' if plain else 'false'}, "
+            f"FLAGGED = {'true' if polled else 'false'};",
+            f"  {TEMPLATE} MPK_DEVICE static void load_column(Ctx& c, int k0, Column& column) {{ {' '.join(fixed)} }}",
+            f"  {TEMPLATE} MPK_DEVICE static void load_row(Ctx& c, int t, int k0, Row& row) {{ {' '.join(moving)} }}",
+            f"  {TEMPLATE} MPK_DEVICE static bool poll_row(Ctx& c, int t, int k0, Row& row) {poll}",
+        ]
+        if plain:
+            return [*lines, "  MPK_DEVICE static ptx::Vec4 plain(const Row& row) { return row.v0.raw[0]; }"]
+        parameters = "const Column& column, const Row& row"
+    else:
+        lines += [
+            struct("Held", "held"),
+            "  template <bool FIXED, class Ctx> MPK_DEVICE static void load(Ctx& c, int t, int k0, Held& held) {\n"
+            f"    if constexpr (FIXED) {{ {' '.join(fixed)} }}\n    else {{ {' '.join(moving)} }}\n  }}",
+            f"  {TEMPLATE} MPK_DEVICE static bool poll(Ctx& c, int t, int k0, Held& held) {poll}",
+        ]
+        parameters = "const Held& held"
+    names: dict[Expr, str] = {node.t: "t"}
+
+    def vector(body: Expr) -> str:
+        used = [i for i, ld in enumerate(held) if ld in set(loads(body))]
+        arrays = " ".join(f"float a{i}[{width}]; {places[i]}.v{i}.unpack(a{i});" for i in used)
+        inner = Emitter(
+            buffers,
+            operands,
+            {**names, node.k: "k", **{held[i]: f"a{i}[i]" for i in used}},
+            flagged=flagged,
+            origin=node.origin,
+        )
+        value = inner.emit(body)
+        return (
+            f"{arrays}\n#pragma unroll\n    for (int i = 0; i < {width}; ++i) "
+            f"{{ [[maybe_unused]] const int k = k0 + i; {' '.join(inner.lines)} out[i] = {value}; }}"
+        )
+
+    arguments = f"Ctx& c, int t, int k0, {parameters}, const float* red, float (&out)[{width}]"
+    terms, combines = [], []
+    for i, (r, body) in enumerate(zip(found, along_k, strict=True)):
+        terms.append(f"    if constexpr (I == {i}) {{ {vector(body)} }}")
+        combines.append(REDUCERS[r.name])
+        names[r] = f"red[{i}]"
+    if found:
+        lines.append(
+            f"  template <int I, class Ctx> MPK_DEVICE static void term({arguments}) {{\n" + "\n".join(terms) + "\n  }"
+        )
+        chain = combines[-1]
+        for i in reversed(range(len(combines) - 1)):
+            chain = f"Select<I == {i}, {combines[i]}, {chain}>"
+        lines.append(f"  template <int I> using Combine = {chain};")
+    lines.append(f"  {TEMPLATE} MPK_DEVICE static void x({arguments}) {{\n    {vector(node.x)}\n  }}")
+    return lines
 
 
 def _choose(values: list[str]) -> str:

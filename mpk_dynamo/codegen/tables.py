@@ -112,8 +112,7 @@ def fixed_arguments(tg: TaskGraph, key: tuple[int, str], body: Body) -> dict[int
 
 def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: References) -> _Arguments:
     weight = buffers[node.parts[0].weights[0]]
-    joint = max(len(p.weights) for p in node.parts)
-    geometry = linear_geometry(node.k.size, node.t.size, weight.dtype, joint, node.origin)
+    geometry = linear_geometry(node, buffers)
     row_bytes = node.k.size * weight.dtype.itemsize
     parts = []
     for p in node.parts:
@@ -133,7 +132,7 @@ def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: Refe
                 offset = (row + first) * row_bytes
                 second = bases[1] + offset if len(bases) > 1 else abi.NO_REF
                 n = min(step, count - first)
-                rows["runs"].append((bases[0] + offset, second, n, row_bytes, geometry.copy_bytes, int(geometry.tiled)))
+                rows["runs"].append((bases[0] + offset, second, n, row_bytes, *geometry.run(len(bases))))
         return (0, 0, 0, 0, 0, 0, first_segment, len(cut))
 
     return arguments

@@ -15,8 +15,7 @@ constexpr u32 kConsumerWarps = 8;
 constexpr u32 kConsumers = kConsumerWarps * 32;
 constexpr u32 kLoaderWarp = kConsumerWarps, kControlWarp = kConsumerWarps + 1;
 constexpr u32 kThreads = kConsumers + 64;
-constexpr u32 kTileRows = 8;      // rows of a slot of a tiled run
-constexpr u32 kTilePad = 64;      // bytes between them, so that 16-byte reads of neighbouring rows do not conflict
+constexpr u32 kTileRows = 8;  // rows that linear_mma takes together; a tiled run begins a slot with each tile
 
 template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
@@ -72,14 +71,15 @@ struct RingReader {
   Health& health;
   Cursor<SLOTS> at;
   MPK_DEVICE RingReader(R& r, Health& h, Cursor<SLOTS> c) : ring(r), health(h), at(c) {}
-  MPK_DEVICE const char* wait() {
-    while (!ptx::mbarrier_test(&ring.full[at.index], at.phase) && !health.aborted) {}
-    return ring.slot[at.index];
+  MPK_DEVICE const char* wait() { return wait(at); }
+  MPK_DEVICE const char* wait(Cursor<SLOTS> which) {  // a slot ahead; the ones before it come first
+    while (!ptx::mbarrier_test(&ring.full[which.index], which.phase) && !health.aborted) {}
+    return ring.slot[which.index];
   }
-  MPK_DEVICE void release() {
+  MPK_DEVICE void release(int slots = 1) {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ring.empty[at.index]);
-    at.next();
+    for (int i = 0; i < slots; ++i, at.next())
+      if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ring.empty[at.index]);
   }
 };
 
@@ -158,23 +158,24 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
   for (u32 column = 0; column < run.row_bytes; column += run.copy) {
     const u32 n = min(run.copy, run.row_bytes - column);
     for (u32 row = 0; row < run.rows; row += kTileRows) {
-      const u32 m = min(kTileRows, run.rows - row);
-#pragma unroll
-      for (u32 j = 0; j < 2; ++j) {
-        if (j && !run.base[1]) break;
-        if (!w.acquire()) return false;
-        u64* bar = &w.ring.full[w.at.index];
-        ptx::mbarrier_expect(bar, n * m);
+      const u32 last = min(row + kTileRows, run.rows);
+      for (u32 j = 0; j < 2 && run.base[j]; ++j) {
         const char* from = run.base[j] + static_cast<u64>(row) * run.row_bytes + column;
-        char* to = w.ring.slot[w.at.index];
-        if (m == kTileRows) {  // unrolled: a copy's operands move to uniform registers, whose latency then overlaps
-#pragma unroll
-          for (u32 r = 0; r < kTileRows; ++r)
-            ptx::bulk_copy(to + r * (run.copy + kTilePad), from + static_cast<u64>(r) * run.row_bytes, n, bar, policy);
-        } else {
-          for (u32 r = 0; r < m; ++r, from += run.row_bytes, to += run.copy + kTilePad) ptx::bulk_copy(to, from, n, bar, policy);
+        for (u32 r = row; r < last; r += run.tiled) {
+          const u32 m = min(run.tiled, last - r);
+          if (!w.acquire()) return false;
+          u64* bar = &w.ring.full[w.at.index];
+          char* to = w.ring.slot[w.at.index];
+          ptx::mbarrier_expect(bar, n * m);
+          if (n == run.row_bytes) {  // whole rows
+            ptx::bulk_copy(to, from, n * m, bar, policy);
+            from += n * m;
+          } else {
+#pragma unroll 4
+            for (u32 i = 0; i < m; ++i, from += run.row_bytes, to += run.copy) ptx::bulk_copy(to, from, n, bar, policy);
+          }
+          w.issued();
         }
-        w.issued();
       }
     }
   }
@@ -185,20 +186,23 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
 template <class W>
 MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64) {
   const u32 lane = threadIdx.x & 31;
-  const u32 columns = run.tiled ? run.row_bytes : run.rows * run.row_bytes;
-  const u32 rows = run.tiled ? run.rows : 1;
-  for (u32 column = 0; column < columns; column += run.copy) {
-    const u32 n = min(run.copy, columns - column);
-    for (u32 row = 0; row < rows; row += kTileRows) {
-      const u32 m = min(kTileRows, rows - row);
+  const u32 bytes = run.tiled ? run.row_bytes : run.rows * run.row_bytes;  // of a row of copies
+  const u32 rows = run.tiled ? run.rows : 1, tile = run.tiled ? kTileRows : 1, step = run.tiled ? run.tiled : 1;
+  for (u32 column = 0; column < bytes; column += run.copy) {
+    const u32 n = min(run.copy, bytes - column);
+    for (u32 row = 0; row < rows; row += tile) {
+      const u32 last = min(row + tile, rows);
+      // without tiles joint weights alternate slot by slot, and so they do here
       for (u32 j = 0; j < 2 && run.base[j]; ++j) {
-        if (!w.acquire()) return false;
-        const char* from = run.base[j] + static_cast<u64>(row) * run.row_bytes + column;
-        char* to = w.ring.slot[w.at.index];
-        for (u32 r = 0; r < m; ++r, from += run.row_bytes, to += run.copy + kTilePad)
-          for (u32 i = lane * 16; i < n; i += 512) ptx::async_copy16(to + i, from + i);
-        ptx::async_copy_arrive(&w.ring.full[w.at.index]);
-        w.issued();
+        for (u32 r = row; r < last; r += step) {
+          if (!w.acquire()) return false;
+          const char* from = run.base[j] + static_cast<u64>(r) * run.row_bytes + column;
+          char* to = w.ring.slot[w.at.index];
+          for (u32 k = r; k < min(r + step, last); ++k, from += run.row_bytes, to += run.copy)
+            for (u32 i = lane * 16; i < n; i += 512) ptx::async_copy16(to + i, from + i);
+          ptx::async_copy_arrive(&w.ring.full[w.at.index]);
+          w.issued();
+        }
       }
     }
   }

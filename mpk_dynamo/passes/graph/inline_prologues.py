@@ -14,6 +14,7 @@ from .inline import inlined
 from .policy import (
     DEPTH_LIMIT,
     FEW_READERS,
+    PROLOGUE_BYTES,
     PROLOGUE_WEIGHT,
     RECOMPUTE,
     SIZE_LIMIT,
@@ -127,12 +128,19 @@ def _places(node: Node) -> list[tuple[Expr | None, Callable[[Expr], bool]]]:
 
 
 def _fits_depth(x: Expr, node: Linear) -> bool:
-    """With one token, x may reduce over the whole depth. With several, tiles of x are read again and again by tensor
-    cores, so x has to be stored."""
-    if node.t.size > 1:
+    """x may reduce over the whole depth. With several tokens it has to fit a worker's registers, or to be stored."""
+    if node.t.size > 1 and not _fits_registers(x, node):
         return plain_load(x)
     over_depth = all(r.var.size == node.k.size and r.free <= {node.t} for r in E.reductions(x))
     return over_depth and _separate(x) and weight(x) <= PROLOGUE_WEIGHT
+
+
+def _fits_registers(x: Expr, node: Linear) -> bool:
+    alike = {r.var: node.k for r in E.reductions(x)}
+    rows = {E.substitute(ld, alike) for ld in E.loads(x) if node.t in ld.free}
+    tokens = -(-node.t.size // 8) * 8
+    size = tokens * node.k.size * sum(ld.dtype.itemsize for ld in rows)
+    return x.dtype.is_narrow_float and size <= PROLOGUE_BYTES
 
 
 def _separate(x: Expr, rows: frozenset[Var] | None = None) -> bool:

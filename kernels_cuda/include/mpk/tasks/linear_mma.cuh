@@ -1,54 +1,119 @@
-// linear for 2 to 16 tokens on tensor cores (mma.sync m16n8k16): tokens are M, 8 weight rows are N.
+// linear for 2 to 16 tokens on tensor cores (mma.sync m16n8k16): tokens are M, 8 weight rows (a tile) are N.
 //
-// A slot is a tile of 8 rows x CHUNK columns, row pieces padded apart so that 16-byte reads do not conflict. Within 32
-// columns a lane takes 8 consecutive ones of its row and of its tokens: a permutation of k that both operands share, so
-// every operand is one 16-byte load. Warp w owns the 32-column groups w, w + 8, ... of a chunk; x fragments of a chunk
-// stay in registers while the block's tiles pass. The order of slots is chunk, tile, joint weight; a run of the loader
-// is one block of one segment. Partial sums of the warps meet in shared memory in a fixed order.
+// A slot holds SLOT_ROWS rows, each CHUNK columns long, one after the other: whole rows, which are then one contiguous
+// copy, or pieces of rows too long for x to stay in registers. Every warp passes every slot and owns some of its columns
+// (mma_input.cuh). The 8 lanes that a 16-byte shared load serves together read 64 bytes of two rows; where rows are a
+// multiple of 128 bytes apart, odd rows read their other 64 bytes first, so that the two never share a bank.
 //
-// N: as in linear.cuh; COPY_BYTES is CHUNK columns.
+// The order of slots is chunk, tile, joint weight. Partial sums of the warps meet in shared memory in a fixed order.
+//
+// N: as in linear.cuh but for the prologue (mma_input.cuh); SLOT_ROWS, CHUNK.
 #pragma once
-#include "mpk/group.cuh"
+#include "mpk/tasks/mma_input.cuh"
 
 namespace mpk {
 
 template <class N>
 struct MmaShape {
-  static constexpr int CHUNK = N::COPY_BYTES / 2;
-  static constexpr int CHUNKS = (N::K + CHUNK - 1) / CHUNK;
-  static constexpr int GROUPS = (CHUNK / 32 + (CHUNK % 32 != 0) + static_cast<int>(kConsumerWarps) - 1) / static_cast<int>(kConsumerWarps);
-  static constexpr int TOKENS = N::T > 8 ? 16 : 8;
+  static constexpr int WARPS = static_cast<int>(kConsumerWarps);
+  static constexpr int TILE = static_cast<int>(kTileRows);
+  static constexpr int PARTS = TILE / N::SLOT_ROWS;  // slots of a tile
+  static constexpr int STRIDE = MmaInput<N>::CHUNKS == 1 ? N::K * 2 : N::CHUNK * 2;  // bytes from row to row in a slot
+  static constexpr bool SWAP = STRIDE % 128 < 32 || STRIDE % 128 > 96;
   static constexpr int TILES = 8 / N::JOINT;  // tiles of a block: as many as registers allow
-  // Every chunk is whole and every warp has all its groups: no bounds to check.
-  static constexpr bool WHOLE = N::K % CHUNK == 0 && CHUNK % (32 * static_cast<int>(kConsumerWarps)) == 0;
-  static constexpr int BLOCK_ROWS = TILES * static_cast<int>(kTileRows);
-  static constexpr int ENTRY = TOKENS * static_cast<int>(kTileRows);  // partial sums of a tile
-  static constexpr int ROUND = (TOKENS == 8 ? 8 : 4) / N::JOINT;     // tiles reduced together: 16 KiB
-  static constexpr int SCRATCH = ROUND * N::JOINT * ENTRY * static_cast<int>(kConsumerWarps) * 4;
-  static_assert(N::REDUCTIONS == 0, "with several tokens the prologue is a map");
-  static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2 || N::JOINT == 4), "shape");
+  static constexpr int BLOCK_ROWS = TILES * TILE;
+  static constexpr int ENTRY = MmaInput<N>::HALVES * 8 * TILE;           // partial sums of a tile, of a warp
+  static constexpr int ROUND = 8 / MmaInput<N>::HALVES / N::JOINT;       // tiles reduced together: 16 KiB
+  static constexpr int ROUNDS = TILES / ROUND;
+  static constexpr int PITCH = WARPS * ENTRY + 8 / N::JOINT;              // padded: neighbouring tiles in other banks
+  static constexpr int SCRATCH = ROUND * N::JOINT * PITCH * 4;
+  static constexpr int OWN = (ROUND * TILE * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
+  static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
 };
 
-template <class E>
-MPK_DEVICE u32 pack2(float a, float b) {
-  return static_cast<u32>(narrow<E>(a).bits) | static_cast<u32>(narrow<E>(b).bits) << 16;
+// The output elements that this thread owns of a round: visit(u, row of the block, token), rows next to each other.
+template <class N, class F>
+MPK_DEVICE void each_owned(int round, int rows, F&& visit) {
+  using S = MmaShape<N>;
+#pragma unroll
+  for (int u = 0; u < S::OWN; ++u) {
+    const int e = static_cast<int>(threadIdx.x) + u * static_cast<int>(kConsumers);
+    const int row = round * S::ROUND * S::TILE + e % (S::ROUND * S::TILE), t = e / (S::ROUND * S::TILE);
+    if (t < N::T && row < rows) visit(u, row, t);
+  }
+}
+
+// acc += x times one tile of a weight: `m` of its rows exist.
+template <class N, class Ctx>
+MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, float (&acc)[4]) {
+  using S = MmaShape<N>;
+  using I = MmaInput<N>;
+  const int g = x.lane / 4;
+  const int parts = min(S::PARTS, (m + N::SLOT_ROWS - 1) / N::SLOT_ROWS);
+  const char* mine = nullptr;
+  auto ahead = c.ring.at;
+#pragma unroll
+  for (int p = 0; p < S::PARTS; ++p)
+    if (p < parts) {
+      const char* slot = c.ring.wait(ahead);
+      if (p == 0 || g / N::SLOT_ROWS >= p) mine = slot;  // lanes without a row read the last slot there is
+      ahead.next();
+    }
+  const bool swap = S::SWAP && (g & 1);
+  mine += g % N::SLOT_ROWS * S::STRIDE + x.first * 2;
+  float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two chains of products: each waits for its own last one only
+  constexpr int AHEAD = I::GROUPS < 2 ? I::GROUPS : 2;  // groups loaded ahead of their products
+  ptx::Vec4 w[AHEAD][2];
+  const auto load = [&](int i) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int half = swap ? 1 - s : s;
+      w[i % AHEAD][s] = {0, 0, 0, 0};  // stale bytes of a slot must not meet x = 0: they may be infinite
+      if (I::WHOLE || x.at(i, half) < columns) w[i % AHEAD][s] = ptx::load_shared(mine + i * 128 * S::WARPS + half * 64);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) load(i);
+#pragma unroll
+  for (int i = 0; i < I::GROUPS; ++i) {
+    const ptx::Vec4 b[2] = {swap ? w[i % AHEAD][1] : w[i % AHEAD][0], swap ? w[i % AHEAD][0] : w[i % AHEAD][1]};
+    if (i + AHEAD < I::GROUPS) load(i + AHEAD);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const auto a = [&](int h, int e) { return h < I::HALVES ? x.word[i][s][h < I::HALVES ? h : 0][e] : 0u; };
+      ptx::mma16816<N::HALF>(acc, a(0, 0), a(1, 0), a(0, 1), a(1, 1), b[s].x, b[s].y);
+      ptx::mma16816<N::HALF>(odd, a(0, 2), a(1, 2), a(0, 3), a(1, 3), b[s].z, b[s].w);
+    }
+  }
+  c.ring.release(parts);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) acc[e] += odd[e];
 }
 
 template <class N, class Ctx>
 MPK_DEVICE void linear_mma(Ctx& c) {
   using S = MmaShape<N>;
-  using E = typename N::Element;
-  constexpr bool HALF = N::HALF;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, q = lane % 4;
+  using I = MmaInput<N>;
+  const int warp = threadIdx.x / 32;
   float* scratch = reinterpret_cast<float*>(c.scratch());
+  I x;
+  if (I::CHUNKS == 1) x.load_columns(c, 0);
   if (!c.wait()) return;
+  if (I::CHUNKS == 1) {
+    x.load(c, 0);
+    c.streaming();
+  }
   const int segments = c.arg(7);
   for (int s = 0; s < segments; ++s) {
     const Segment seg = c.ready->segment[s];
     const int joint = N::joint(seg.part);
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS) {
       const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
-      const int tiles = (rows + static_cast<int>(kTileRows) - 1) / static_cast<int>(kTileRows);
+      const u32 base = seg.row + block;
+      u32 kept[S::ROUNDS][S::OWN][N::HOLD];
+#pragma unroll
+      for (int round = 0; round < S::ROUNDS; ++round)
+        each_owned<N>(round, rows, [&](int u, int row, int t) { N::hold(c, seg.part, t, base + row, kept[round][u]); });
       float acc[S::TILES][N::JOINT][4];
 #pragma unroll
       for (int i = 0; i < S::TILES; ++i)
@@ -57,104 +122,46 @@ MPK_DEVICE void linear_mma(Ctx& c) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
 #pragma unroll 1
-      for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
-        const int columns = S::WHOLE ? S::CHUNK : min(S::CHUNK, N::K - chunk * S::CHUNK);
-        u32 a[S::GROUPS][S::TOKENS / 8][4];
-        const auto column = [&](int i) { return (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8; };
-#pragma unroll
-        for (int h = 0; h < S::TOKENS / 8; ++h) {  // 8 tokens at a time: what is held of 16 did not fit in registers
-          const int t = g + h * 8;
-          typename N::Held held[S::GROUPS];
-          const auto each = [&](auto&& visit) {
-#pragma unroll
-            for (int i = 0; i < S::GROUPS; ++i)
-              if ((S::WHOLE || column(i) < columns) && t < N::T) visit(i, chunk * S::CHUNK + column(i));
-          };
-          each([&](int i, int k) {
-            N::template load<true>(c, t, k, held[i]);
-            N::template load<false>(c, t, k, held[i]);
-          });
-          poll_until(c, [&] {
-            bool complete = true;
-            each([&](int i, int k) { complete = N::poll(c, t, k, held[i]) && complete; });
-            return complete;
-          });
-#pragma unroll
-          for (int i = 0; i < S::GROUPS; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) a[i][h][e] = 0;
-          each([&](int i, int k) {
-            float x[8];
-            N::x(c, t, k, held[i], nullptr, x);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) a[i][h][e] = pack2<E>(x[2 * e], x[2 * e + 1]);
-          });
+      for (int chunk = 0; chunk < I::CHUNKS; ++chunk) {
+        if (I::CHUNKS > 1) {
+          x.load(c, chunk);
+          if (s == 0 && block == 0 && chunk == 0) c.streaming();
         }
-        if (s == 0 && block == 0 && chunk == 0) c.streaming();
+        const int columns = I::WHOLE ? N::CHUNK : min(N::CHUNK, N::K - chunk * N::CHUNK);
 #pragma unroll
-        for (int tile = 0; tile < S::TILES; ++tile) {
-          if (tile >= tiles) continue;
+        for (int i = 0; i < S::TILES; ++i) {
+          if (i * S::TILE >= rows) continue;
 #pragma unroll
-          for (int j = 0; j < N::JOINT; ++j) {
-            if (j >= joint) continue;
-            const char* bytes = c.ring.wait() + g * (N::COPY_BYTES + static_cast<int>(kTilePad)) + q * 16 + warp * 64;
-            ptx::Vec4 w[S::GROUPS];  // all loads of the slot before the first product
-#pragma unroll
-            for (int i = 0; i < S::GROUPS; ++i) {
-              const int k = (warp + i * static_cast<int>(kConsumerWarps)) * 32 + q * 8;
-              w[i] = {0, 0, 0, 0};  // stale bytes of a slot must not meet x = 0: they may be infinite
-              if (S::WHOLE || k < columns) w[i] = ptx::load_shared(bytes + i * static_cast<int>(kConsumerWarps) * 64);
-            }
-            constexpr int HI = S::TOKENS / 8 - 1;
-            float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two chains of products: each waits for its own last one only
-#pragma unroll
-            for (int i = 0; i < S::GROUPS; ++i) {
-              const auto a1 = [&](int e) { return HI ? a[i][HI][e] : 0u; };
-              ptx::mma16816<HALF>(acc[tile][j], a[i][0][0], a1(0), a[i][0][1], a1(1), w[i].x, w[i].y);
-              ptx::mma16816<HALF>(odd, a[i][0][2], a1(2), a[i][0][3], a1(3), w[i].z, w[i].w);
-            }
-#pragma unroll
-            for (int e = 0; e < 4; ++e) acc[tile][j][e] += odd[e];
-            c.ring.release();
-          }
+          for (int j = 0; j < N::JOINT; ++j)
+            if (j < joint) multiply_tile<N>(c, x, rows - i * S::TILE, columns, acc[i][j]);
         }
       }
       if (s == segments - 1 && block + S::BLOCK_ROWS >= seg.rows) c.last_slot_consumed();
 #pragma unroll
-      for (int round = 0; round < S::TILES; round += S::ROUND) {
-        if (round >= tiles) continue;
+      for (int round = 0; round < S::ROUNDS; ++round) {
+        if (round * S::ROUND * S::TILE >= rows) continue;
         c.barrier();  // the previous round has been read
 #pragma unroll
         for (int i = 0; i < S::ROUND; ++i)
 #pragma unroll
           for (int j = 0; j < N::JOINT; ++j) {
-            float* to = scratch + ((i * N::JOINT + j) * static_cast<int>(kConsumerWarps) + warp) * S::ENTRY + g * 8 + q * 2;
-            if (round + i < S::TILES) {
-              to[0] = acc[round + i][j][0];
-              to[1] = acc[round + i][j][1];
-              if (S::TOKENS == 16) {
-                to[64] = acc[round + i][j][2];
-                to[65] = acc[round + i][j][3];
-              }
-            }
+            const float (&d)[4] = acc[round * S::ROUND + i][j];
+            float2* to = reinterpret_cast<float2*>(scratch + (i * N::JOINT + j) * S::PITCH + warp * S::ENTRY) + x.lane;
+            to[0] = {d[0], d[1]};
+            if (I::HALVES == 2) to[32] = {d[2], d[3]};
           }
         c.barrier();
-        for (int e = threadIdx.x; e < S::ROUND * N::T * 8; e += kConsumers) {
-          const int i = e / (N::T * 8), t = e / 8 % N::T, r = e % 8, row = (round + i) * 8 + r;
-          if (row < rows) {
-            float y[N::JOINT];
+        each_owned<N>(round, rows, [&](int u, int row, int t) {
+          float y[N::JOINT];
 #pragma unroll
-            for (int j = 0; j < N::JOINT; ++j) {
-              const float* from = scratch + (i * N::JOINT + j) * static_cast<int>(kConsumerWarps) * S::ENTRY + t * 8 + r;
-              y[j] = 0.0f;
+          for (int j = 0; j < N::JOINT; ++j) {
+            const float* from = scratch + ((row / S::TILE - round * S::ROUND) * N::JOINT + j) * S::PITCH + t * S::TILE + row % S::TILE;
+            y[j] = 0.0f;
 #pragma unroll
-              for (int w = 0; w < static_cast<int>(kConsumerWarps); ++w) y[j] += from[w * S::ENTRY];
-            }
-            u32 kept[N::HOLD];
-            N::hold(c, seg.part, t, seg.row + block + row, kept);
-            N::epilogue(c, seg.part, t, seg.row + block + row, y, kept);
+            for (int w = 0; w < S::WARPS; ++w) y[j] += from[w * S::ENTRY];
           }
-        }
+          N::epilogue(c, seg.part, t, base + row, y, kept[round][u]);
+        });
       }
     }
   }
