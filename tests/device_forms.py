@@ -14,9 +14,7 @@ SAMPLES: dict[str, tuple[Node, Graph]] = {
 REFUSED: dict[str, str] = {
     "row_map-7-total": "a reduction inside another depends on its variable",
     "row_map-12-shift": "an in-place shift of a tensor has no device form yet",
-    # graph passes leave the prologue of several tokens to a RowMap
-    "linear-7-gated": "with several tokens",
-    "linear-12-qkv": "with several tokens",
+    # graph passes leave the prologue of several tokens in fp32 to a RowMap
     "linear-13-qkv": "with several tokens",
 }
 """Sample -> what the Unsupported that code generation raises for it must say."""

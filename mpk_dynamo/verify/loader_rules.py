@@ -148,9 +148,11 @@ def check_copies(p: Program, tables: Mapping[str, np.ndarray]) -> None:
     written = {s.tasks.buffers[a.buffer].storage for t in s.tasks.tasks for a in t.writes}
     runs = tables["runs"]
     size = runs["rows"].astype(np.int64) * runs["row_bytes"].astype(np.int64)
-    copy, row = runs["copy"].astype(np.int64), runs["row_bytes"].astype(np.int64)
+    copy, row, tiled = (runs[field].astype(np.int64) for field in ("copy", "row_bytes", "tiled"))
     uneven = (copy <= 0) | (copy % 16 != 0) | (row % 16 != 0)
-    uneven |= (row % np.maximum(copy, 1) != 0) & (copy % np.maximum(row, 1) != 0) & (runs["tiled"] == 0)
+    uneven |= (row % np.maximum(copy, 1) != 0) & (copy % np.maximum(row, 1) != 0) & (tiled == 0)
+    # row pieces of a tiled run: no longer than a row, and 1, 2, 4 or 8 rows to a slot, which divide its tiles of 8
+    uneven |= (tiled != 0) & ((copy > row) | (tiled > 8) | (tiled & (tiled - 1) != 0))
     if uneven.any():
         k = int(np.argmax(uneven))
         raise VerificationError("P3", f"run {k} copies {copy[k]} bytes at a time of rows of {row[k]}")

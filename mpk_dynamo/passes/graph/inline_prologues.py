@@ -14,7 +14,7 @@ from .inline import inlined
 from .policy import (
     DEPTH_LIMIT,
     FEW_READERS,
-    PROLOGUE_BYTES,
+    PROLOGUE_DEPTH,
     PROLOGUE_WEIGHT,
     RECOMPUTE,
     SIZE_LIMIT,
@@ -138,9 +138,8 @@ def _fits_depth(x: Expr, node: Linear) -> bool:
 def _fits_registers(x: Expr, node: Linear) -> bool:
     alike = {r.var: node.k for r in E.reductions(x)}
     rows = {E.substitute(ld, alike) for ld in E.loads(x) if node.t in ld.free}
-    tokens = -(-node.t.size // 8) * 8
-    size = tokens * node.k.size * sum(ld.dtype.itemsize for ld in rows)
-    return x.dtype.is_narrow_float and size <= PROLOGUE_BYTES
+    fits = node.k.size <= PROLOGUE_DEPTH and sum(ld.dtype.itemsize for ld in rows) <= x.dtype.itemsize
+    return x.dtype.is_narrow_float and fits
 
 
 def _separate(x: Expr, rows: frozenset[Var] | None = None) -> bool:

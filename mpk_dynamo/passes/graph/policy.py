@@ -40,10 +40,10 @@ PROLOGUE_WEIGHT = 128
 """Weight per element of x up to which a Linear of one token carries a prologue. Each of its tasks computes all of x,
 K elements; an RMSNorm weighs about 20, so that K = 4096 costs a worker of 256 lanes some 300 instructions each."""
 
-PROLOGUE_BYTES = 1 << 16
-"""With several tokens every worker computes all rows of x and holds them in registers, 64 per thread, so a prologue has
-to read no more than that (tokens count in eights: tensor cores take them so). Longer or more rows are computed once, by
-a RowMap: its two waits cost less than the arithmetic of so many elements in every worker."""
+PROLOGUE_DEPTH = 2048
+"""With several tokens every worker computes all rows of x and holds them in registers: 64 per thread for 16 rows of that
+depth in a 16-bit type. Of deeper rows, or of more than one operand, registers spill: they are computed once, by a
+RowMap."""
 
 RECOMPUTE = 1 << 16
 """Operations that a fused node may do in excess of its two halves, per row: 256 per lane of one worker, about a

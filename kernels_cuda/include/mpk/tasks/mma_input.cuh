@@ -40,7 +40,8 @@ struct MmaInput {
 
   MPK_DEVICE int at(int i, int s) const { return first + i * 64 * WARPS + s * 32; }  // column within the chunk
 
-  // visit(group, half of its columns, half of the tokens, token, k) for what this lane owns.
+  // visit(group, half of its columns, half of the tokens, token, k) for what this lane owns. Lanes beyond the last
+  // token take the last one again: nobody reads their sums.
   template <int FROM, int TO, class F> MPK_DEVICE void each(int chunk, F&& visit) const {
     const int columns = WHOLE ? N::CHUNK : min(N::CHUNK, N::K - chunk * N::CHUNK);
 #pragma unroll
@@ -49,7 +50,7 @@ struct MmaInput {
       for (int i = 0; i < GROUPS; ++i)
 #pragma unroll
         for (int s = 0; s < 2; ++s)
-          if ((WHOLE || at(i, s) < columns) && lane / 4 + h * 8 < N::T) visit(i, s, h, lane / 4 + h * 8, chunk * N::CHUNK + at(i, s));
+          if (WHOLE || at(i, s) < columns) visit(i, s, h, min(lane / 4 + h * 8, N::T - 1), chunk * N::CHUNK + at(i, s));
   }
 
   // May run before the task's events have come.
@@ -60,7 +61,7 @@ struct MmaInput {
   template <int FROM, int TO, class Ctx> MPK_DEVICE void load_rows(Ctx& c, int chunk, typename N::Row (&row)[GROUPS][2][HALVES]) {
     if constexpr (SCOUT) {
       const auto scout = [&](auto&& visit) {
-        if ((WHOLE || chunk * N::CHUNK + first < N::K) && lane / 4 + FROM * 8 < N::T) visit(lane / 4 + FROM * 8, chunk * N::CHUNK + first);
+        if (WHOLE || chunk * N::CHUNK + first < N::K) visit(min(lane / 4 + FROM * 8, N::T - 1), chunk * N::CHUNK + first);
       };
       scout([&](int t, int k) { N::load_row(c, t, k, row[0][0][FROM]); });
       poll_until(c, [&] {
@@ -130,21 +131,23 @@ struct MmaInput {
     });
   }
 
-  // The fragments of a chunk; of tokens and columns that do not exist they are 0.
+  // The fragments of a chunk; of columns that do not exist they are 0.
   template <class Ctx> MPK_DEVICE void load(Ctx& c, int chunk) {
     float red[HALVES][N::REDUCTIONS + 1];
     typename N::Row row[GROUPS][2][HALVES];
     constexpr bool TOGETHER = N::PLAIN || N::REDUCTIONS > 0 || HALVES == 1;  // else what is held of 16 tokens would not fit
     if (CHUNKS > 1) load_columns(c, chunk);
     load_rows<0, TOGETHER ? HALVES : 1>(c, chunk, row);
+    if constexpr (!WHOLE) {
 #pragma unroll
-    for (int i = 0; i < GROUPS; ++i)
+      for (int i = 0; i < GROUPS; ++i)
 #pragma unroll
-      for (int s = 0; s < 2; ++s)
+        for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h)
+          for (int h = 0; h < HALVES; ++h)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) word[i][s][h][e] = 0;
+            for (int e = 0; e < 4; ++e) word[i][s][h][e] = 0;
+    }
     reduce<0>(c, row, red);
     convert<0, TOGETHER ? HALVES : 1>(c, chunk, row, red);
     if constexpr (!TOGETHER) {
