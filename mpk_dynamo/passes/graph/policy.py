@@ -41,9 +41,8 @@ PROLOGUE_WEIGHT = 128
 K elements; an RMSNorm weighs about 20, so that K = 4096 costs a worker of 256 lanes some 300 instructions each."""
 
 PROLOGUE_DEPTH = 2048
-"""With several tokens every worker computes all rows of x and holds them in registers: 64 per thread for 16 rows of that
-depth in a 16-bit type. Of deeper rows, or of more than one operand, registers spill: they are computed once, by a
-RowMap."""
+"""With several tokens every worker computes all rows of x and holds them in registers: 64 per thread for 16 rows of
+that depth in a 16-bit type. Deeper rows, or more than one operand, would spill: they are computed once, by a RowMap."""
 
 RECOMPUTE = 1 << 16
 """Operations that a fused node may do in excess of its two halves, per row: 256 per lane of one worker, about a
