@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 5
+VERSION = 6
 
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
