@@ -59,9 +59,8 @@ def _call(tg: TaskGraph, key: tuple[int, str], opcode: int, body: Body) -> Call:
     node = tg.graph.nodes[key[0]]
     if not isinstance(node, Linear):
         return Call(opcode, body.operands, fixed_arguments(tg, key, body))
-    dtype, joint = tg.buffers[node.parts[0].weights[0]].dtype, max(len(p.weights) for p in node.parts)
-    geometry = linear_geometry(node.k.size, node.t.size, dtype, joint, node.origin)
-    return Call(opcode, body.operands, {}, geometry.copy_bytes, int(geometry.tiled))
+    geometry = linear_geometry(node, tg.buffers)
+    return Call(opcode, body.operands, {}, geometry.copy_bytes, geometry.slot_rows)
 
 
 def isolated(program: Program) -> dict[str, Program]:

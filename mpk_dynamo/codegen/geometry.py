@@ -33,13 +33,6 @@ class Geometry:
     chunk: int = 0
     block_rows: int = 0
 
-    def run(self, weights: int) -> tuple[int, int]:
-        """(copy, tiled) of a run (abi.RUN) that brings that many joint weights."""
-        if not self.slot_rows:
-            return self.copy_bytes, 0
-        # whole rows of one weight simply follow one another
-        return (self.slot_bytes, 0) if weights == 1 and not self.block_rows else (self.copy_bytes, self.slot_rows)
-
 
 def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
     """The slots of a Linear. Raises Unsupported when rows are not whole 16-byte vectors."""

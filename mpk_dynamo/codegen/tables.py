@@ -132,7 +132,7 @@ def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: Refe
                 offset = (row + first) * row_bytes
                 second = bases[1] + offset if len(bases) > 1 else abi.NO_REF
                 n = min(step, count - first)
-                rows["runs"].append((bases[0] + offset, second, n, row_bytes, *geometry.run(len(bases))))
+                rows["runs"].append((bases[0] + offset, second, n, row_bytes, geometry.copy_bytes, geometry.slot_rows))
         return (0, 0, 0, 0, 0, 0, first_segment, len(cut))
 
     return arguments
