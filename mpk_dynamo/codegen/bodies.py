@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import Unsupported
@@ -10,6 +10,7 @@ from ..ir.expr import Expr, Load, Var, acc, bounds, cast, linear_terms, loads, r
 from ..ir.graph import Attention, ExtensionNode, Linear, Node, RowMap
 from ..ir.types import Buffer, BufferKind, DType
 from ..ops import operator_of
+from ..ops.attention import MIN_KEYS
 from ..ops.row_map import row_dims
 from .expressions import (
     MEMORY_TYPE,
@@ -331,10 +332,14 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
     _contiguous_along(values, node.value_index, node.d, node.origin)
     cache = MEMORY_TYPE[keys.dtype]
     mask = 0 if node.mask is None else 1 if node.mask.dtype is DType.BOOL else 2
+    narrow = {keys.dtype, node.q.dtype, *((node.append.key.dtype, node.append.value.dtype) if node.append else ())}
+    on_tensor_cores = len(narrow) == 1 and keys.dtype.is_narrow_float
     lines = [
         f"  using Cache = {cache};",
         f"  static constexpr int G = {node.h.size // node.g.size}, H = {node.h.size}, D = {node.d.size};",
-        f"  static constexpr int S = {node.s.size};",
+        f"  static constexpr int S = {node.s.size}, CHUNK = {MIN_KEYS};",
+        f"  static constexpr bool MMA = {'true' if on_tensor_cores else 'false'}, "
+        f"HALF = {'true' if keys.dtype is DType.F16 else 'false'};",
         f"  static constexpr bool APPEND = {'true' if node.append else 'false'};",
         f"  static constexpr int MASK = {mask};",
         f"  static constexpr bool MASK_PER_HEAD = {'true' if mask and node.h in node.mask.free else 'false'};",
@@ -352,10 +357,12 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
             cast(body, DType.F32),
             make,
             lambda _, value: f"store(x_{node.d.name}, {value});",
+            between="between();",
         )
         return (
-            f"  template <class Ctx, class G_, class Store> MPK_DEVICE static void {name}(Ctx& c, const G_& g, "
-            f"int b, int h, const Store& store) {{\n    using G = G_;\n    {text}\n  }}"
+            f"  template <class Ctx, class G_, class Store, class Between> MPK_DEVICE static void {name}(Ctx& c, "
+            f"const G_& g, int b, int h, const Store& store, const Between& between) {{\n    using G = G_;\n"
+            f"    {text}\n  }}"
         )
 
     def scalar(name: str, result: str, parameters: tuple[tuple[str, Var], ...], body: Expr) -> str:
@@ -388,11 +395,7 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         lines.append(scalar("mask_bool", "bool", head, node.mask))
     if mask == 2:
         lines.append(scalar("mask_add", "float", head, cast(node.mask, DType.F32)))
-    for name, e, default in (("first", node.first, "0"), ("last", node.last, str(node.s.size))):
-        if e is None:
-            lines.append(f"  {TEMPLATE} MPK_DEVICE static int {name}(Ctx&, int) {{ return {default}; }}")
-        else:
-            lines.append(scalar(name, "int", (("b", node.b),), e))
+    lines += _limits(node, make)
     if split:
         # no store: partial results go to the two buffers that the task names by operand slot
         lines.append(f"  {TEMPLATE} MPK_DEVICE static void store(Ctx&, int, int, int, float) {{}}")
@@ -404,6 +407,19 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         lines.append("  MPK_DEVICE static void partial(float*, float) {}")
         lines.append(_attention_store(node, buffers, operands, flagged))
     return Body("attention", "attention", "\n".join(lines) + "\n", tuple(operands.names))
+
+
+def _limits(node: Attention, make: Callable[[Mapping[Expr, str]], Emitter]) -> list[str]:
+    """first(c, b) and last(c, b): the live keys of a sequence."""
+    lines = []
+    for name, e, default in (("first", node.first, "0"), ("last", node.last, str(node.s.size))):
+        emitter = make({node.b: "b"})
+        value = default if e is None else emitter.emit(e)
+        lines.append(
+            f"  {TEMPLATE} MPK_DEVICE static int {name}([[maybe_unused]] Ctx& c, [[maybe_unused]] int b) "
+            f"{{ {' '.join(emitter.lines)} return {value}; }}"
+        )
+    return lines
 
 
 def _attention_store(
@@ -420,8 +436,9 @@ def _combine(node: Attention, buffers: Mapping[str, Buffer], flagged: frozenset[
     operands.slot(f"{node.name}.partial")
     operands.slot(f"{node.name}.stats")
     lines = [
-        f"  static constexpr int H = {node.h.size}, D = {node.d.size};",
+        f"  static constexpr int H = {node.h.size}, D = {node.d.size}, S = {node.s.size}, CHUNK = {MIN_KEYS};",
         f"  static constexpr bool FLAGGED = {'true' if f'{node.name}.partial' in flagged else 'false'};",
+        *_limits(node, lambda names: Emitter(buffers, operands, names, flagged=flagged, origin=node.origin)),
         _attention_store(node, buffers, operands, flagged),
     ]
     return Body("attention_combine", "attention_combine", "\n".join(lines) + "\n", tuple(operands.names))

@@ -4,9 +4,10 @@ Task kind `attention`, tile = (b, g, split, splits): the query heads of KV head 
 `splits` ranges of the live keys, which is found at run time (`key_range`). With one split it writes the result.
 With more it writes, per query head, the un-normalised sum of exp(score - m) V to `<name>.partial`
 [B, Hq, splits, D] and (m, l) to `<name>.stats` [B, Hq, splits, 2], both f32: m the largest score, l the sum of
-exp(score - m). A split without live keys has m = -inf, l = 0, partial = 0.
+exp(score - m). Only the first splits have keys, as many as `used_splits` says: the others write nothing. Where no key
+counts, m = -inf, l = 0, partial = 0.
 
-Task kind `attention_combine`, tile = (b, h_start, h_stop): merges the splits of these heads.
+Task kind `attention_combine`, tile = (b, h_start, h_stop): merges the used splits of these heads.
 
 Every attention task of (b, g) computes the appended key and value row itself and uses it at s == position, so it
 need not wait for the cache; the task of split 0 also writes the row. Hence caches are read off the position only.
@@ -27,8 +28,9 @@ from .evaluate import compile_assignment, compile_exprs, evaluate
 from .sampling import F32, Sample, rms_norm
 from .spec import Memory, TileSpec, Tiling
 
-MIN_KEYS = 32
-"""Keys per split, at least, when all of the cache is live."""
+MIN_KEYS = 128
+"""Keys per split, at least: 16 for each warp of a worker, which is what it has under way at once anyway. A split more
+is one more partial result to publish and to combine."""
 
 
 def split_count(node: Attention, workers: int) -> int:
@@ -47,11 +49,21 @@ def group_size(node: Attention) -> int:
 
 
 def key_range(first: int, last: int, keys: int, split: int, splits: int) -> tuple[int, int]:
-    """Half-open range of keys of one split, given the half-open live range [first, last) of a cache of `keys` rows."""
+    """Half-open range of keys of one split, given the half-open live range [first, last) of a cache of `keys` rows:
+    equal ranges of at least MIN_KEYS keys, the last one shorter, so that splits may be left without any."""
     low, high = min(max(0, first), keys), min(max(0, last), keys)
-    chunk = -(-max(0, high - low) // splits)
-    start = low + split * chunk
-    return start, max(start, min(high, start + chunk))
+    start = low + split * _chunk(high - low, splits)
+    return min(start, max(low, high)), max(low, min(high, start + _chunk(high - low, splits)))
+
+
+def used_splits(first: int, last: int, keys: int, splits: int) -> int:
+    """How many splits write partial results, the first ones: those with keys, and one at least."""
+    live = min(max(0, last), keys) - min(max(0, first), keys)
+    return max(1, -(-live // _chunk(live, splits)))
+
+
+def _chunk(live: int, splits: int) -> int:
+    return max(MIN_KEYS, -(-live // splits))
 
 
 class AttentionOperator:
@@ -129,8 +141,9 @@ class AttentionOperator:
     ) -> TileSpec:
         partial, stats = partial_names(node)
         at = ((b, b + 1), (start, stop), (0, splits))
-        reads = (Access(partial, (*at, (0, node.d.size))), Access(stats, (*at, (0, 2))))
         ranges = {node.b: (b, b + 1), node.h: (start, stop), node.d: (0, node.d.size)}
+        limits = read_accesses([e for e in (node.first, node.last) if e is not None], ranges, buffers)
+        reads = (Access(partial, (*at, (0, node.d.size))), Access(stats, (*at, (0, 2))), *limits)
         writes = tuple(write_accesses(node.out, node.store, ranges, buffers))
         moved = access_bytes((*reads, *writes), buffers)
         flops = (stop - start) * splits * (2 * node.d.size + 4)
@@ -160,7 +173,7 @@ class AttentionOperator:
             for name, idx in ((node.keys, node.key_index), (node.values, node.value_index))
         ]
         caches = compile_exprs(cache_loads, {**at_b, **at_g, node.s: (0, keys), **every_d}, buffers)
-        limits = compile_exprs([e for e in (node.first, node.last) if e is not None], at_b, buffers)
+        live = _live_range(node, b, buffers)
         mask = None
         if node.mask is not None:
             mask = compile_exprs((node.mask,), {**at_b, node.h: heads, node.s: (0, keys)}, buffers)
@@ -188,9 +201,7 @@ class AttentionOperator:
 
         def task(memory: Memory) -> None:
             device = memory[node.out].device
-            bound = iter(int(v) for v in limits(memory, (), device))
-            first = next(bound) if node.first is not None else 0
-            last = next(bound) if node.last is not None else keys
+            first, last = live(memory)
             start, stop = key_range(first, last, keys, split, splits)
             q = query(memory, (), device)[0].expand(1, group_size(node), node.d.size)[0].float()
             # a copy even when the cache is f32: the appended row is put into it
@@ -208,7 +219,7 @@ class AttentionOperator:
             result = weight @ v
             if splits == 1:
                 finish(memory, [divide(result, total).unsqueeze(0)])
-            else:
+            elif split < used_splits(first, last, keys, splits):
                 memory[partial_name][b, heads[0] : heads[1], split] = result
                 memory[stats_name][b, heads[0] : heads[1], split] = torch.cat((top, total), 1)
             if append is not None and split == 0:
@@ -221,13 +232,15 @@ class AttentionOperator:
         self, node: Attention, buffers: Mapping[str, Buffer], b: int, start: int, stop: int
     ) -> Callable[[Memory], None]:
         partial_name, stats_name = partial_names(node)
+        splits, live = buffers[partial_name].shape[2], _live_range(node, b, buffers)
         ranges = {node.b: (b, b + 1), node.h: (start, stop), node.d: (0, node.d.size)}
         finish = compile_assignment(
             cast(acc(0), buffers[node.out].dtype), node.out, node.store, ranges, buffers, accumulators=1
         )
 
         def task(memory: Memory) -> None:
-            partial, stats = memory[partial_name][b, start:stop], memory[stats_name][b, start:stop]
+            used = used_splits(*live(memory), node.s.size, splits)
+            partial, stats = memory[partial_name][b, start:stop, :used], memory[stats_name][b, start:stop, :used]
             top, total = stats[..., 0], stats[..., 1]
             _, weight, _ = softmax_parts(top)
             result = (weight.unsqueeze(-1) * partial).sum(1)
@@ -283,7 +296,7 @@ class AttentionOperator:
         memory[node.out][where] = result.to(memory[node.out].dtype)
 
     def samples(self) -> list[tuple[Node, Graph]]:
-        """Group sizes 1, 2, 4, 7; head sizes 16 to 128; cache lengths that divide by nothing; masks; live ranges;
+        """Group sizes 1 to 9; head sizes 16 to 256; cache lengths that divide by nothing; masks; live ranges;
         with and without append; prologues on q and k; capped scores."""
         bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
         return [
@@ -294,6 +307,10 @@ class AttentionOperator:
             _sample(bf16, 2, 2, 7, 100, 64, append=True, mask="causal", norm=True),
             _sample(f16, 2, 2, 1, 71, 16, append=True, live=True),
             _sample(bf16, 2, 2, 2, 83, 64, append=True, mask="float", cap=True),
+            _sample(bf16, 2, 1, 9, 300, 256, append=True, mask="bool", live=True),
+            _sample(f16, 1, 2, 3, 520, 96, append=True, mask="float", norm=True),
+            _sample(f32, 1, 1, 3, 300, 72, append=True, live=True),
+            _sample(bf16, 1, 2, 4, 1100, 64, append=True, live=True),
         ]
 
     def at_position(
@@ -315,6 +332,18 @@ class AttentionOperator:
             if all(start < stop for start, stop in inside):
                 out[tuple(slice(start, stop) for start, stop in inside)] = True
         return out
+
+
+def _live_range(node: Attention, b: int, buffers: Mapping[str, Buffer]) -> Callable[[Memory], tuple[int, int]]:
+    """The half-open range of live keys of a sequence, as a function of memory: all keys without limits."""
+    limits = compile_exprs([e for e in (node.first, node.last) if e is not None], {node.b: (b, b + 1)}, buffers)
+
+    def live(memory: Memory) -> tuple[int, int]:
+        found = iter(int(v) for v in limits(memory, (), memory[node.out].device))
+        first = next(found) if node.first is not None else 0
+        return first, next(found) if node.last is not None else node.s.size
+
+    return live
 
 
 def capped(score: torch.Tensor, softcap: float | None) -> torch.Tensor:

@@ -29,7 +29,7 @@ from mpk_dynamo.verify.tables import decode
 
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
 ONE = graphs.Model(layers=1)
-SPLIT = graphs.Model(layers=1, capacity=80)
+SPLIT = graphs.Model(layers=1, capacity=300)
 SEVERAL = graphs.Model(layers=1, batch=3, bias=True, qk_norm=False, mask="arithmetic")
 WORKERS = 8
 

@@ -12,7 +12,7 @@ from mpk_dynamo.ir.region import Access
 from mpk_dynamo.ir.types import BufferKind, DType, buffer
 from mpk_dynamo.ops import OPERATORS, operator_of
 from mpk_dynamo.ops.access import StoreSweep, Sweep, arithmetic, read_accesses, write_accesses
-from mpk_dynamo.ops.attention import key_range, split_count
+from mpk_dynamo.ops.attention import MIN_KEYS, key_range, split_count, used_splits
 from mpk_dynamo.ops.linear import cut_rows, phase_of, segments
 from mpk_dynamo.ops.row_map import row_dims
 
@@ -67,16 +67,20 @@ def test_extra_rows_go_round_over_the_workers():
     assert totals == [10, 10, 10, 10]
 
 
-@given(st.integers(-3, 40), st.integers(-3, 40), st.integers(1, 33), st.integers(1, 9))
+@given(st.integers(-3, 1200), st.integers(-3, 1200), st.integers(1, 1100), st.integers(1, 9))
 def test_splits_cover_the_live_keys_once(first, last, keys, splits):
     ranges = [key_range(first, last, keys, s, splits) for s in range(splits)]
     covered = [k for start, stop in ranges for k in range(start, stop)]
     assert covered == list(range(max(0, first), min(keys, last)))
+    used = used_splits(first, last, keys, splits)
+    assert 1 <= used <= splits
+    assert all((start < stop) == (i < used and bool(covered)) for i, (start, stop) in enumerate(ranges))
+    assert all(stop - start >= MIN_KEYS for start, stop in ranges[: used - 1])
 
 
 def test_split_count_follows_workers_and_keys():
     node = OPERATORS[next(t for t in OPERATORS if t.__name__ == "Attention")].samples()[2][0]  # B 2, groups 2, S 131
-    assert [split_count(node, w) for w in (1, 4, 8, 12, 132)] == [1, 1, 2, 3, 5]
+    assert [split_count(node, w) for w in (1, 4, 8, 12, 132)] == [1, 1, 2, 2, 2]
 
 
 def test_rows_are_the_dims_that_reductions_depend_on():

@@ -24,6 +24,7 @@ struct Ready {
   Segment segment[MAX_SEGMENTS];
   u32 signal[MAX_WAITS];
   Task task;
+  i32 ahead[4];  // what the body had the control warp find out, see Dispatch::ahead
   u32 stop;  // the launch is being abandoned: written before `come`, one decision for both roles
 
   MPK_DEVICE void init() {
@@ -278,7 +279,7 @@ MPK_DEVICE void begin_step(SharedState<C>& s, const u32* control, u32 turn, u32 
   ptx::mbarrier_arrive(&s.begun);
 }
 
-template <class C, class L>
+template <class C, class P, class L>
 MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) {
   const u32 lane = threadIdx.x & 31, count = queue.task_count, steps = static_cast<u32>(launch.fixed.steps), start = s.health.epoch;
   const u32* control = reinterpret_cast<const u32*>(launch.fixed.control);
@@ -306,6 +307,10 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
       if (lane == 0) {
         if (step && i == 0) begin_step(s, control, turn, start + step);
         if (!s.health.ended) await_events(s, control, turn);
+      }
+      __syncwarp();
+      if (!s.health.ended) P::ahead(ready.task.op, turn);  // while the task before this one still runs
+      if (lane == 0) {
         report_pending(s.health);
         ready.stop = s.health.aborted;
         ptx::mbarrier_arrive(&ready.come);
@@ -403,7 +408,7 @@ MPK_DEVICE void megakernel(const L& launch) {
   const Queue queue = table<Queue>(launch, TABLE_QUEUES)[blockIdx.x];
   const u32 warp = threadIdx.x / 32;
   if (warp == kLoaderWarp) loader(launch, s, queue);
-  else if (warp == kControlWarp) control(launch, s, queue);
+  else if (warp == kControlWarp) control<C, P>(launch, s, queue);
   else consume<C, P>(launch, s, queue.task_count);
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -121,6 +121,8 @@ MPK_DEVICE Vec4 load_global(const void* p) {
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
+// Only a hint: brings a line to the L2 cache.
+MPK_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Flag-in-data: single-copy atomic per element, coherent at gpu scope, never from L1.
 MPK_DEVICE Vec4 load_relaxed(const Vec4* p) {
@@ -141,6 +143,13 @@ MPK_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// An 8x8 matrix of 16-bit elements, a lane's two (row lane / 4, columns 2 (lane % 4) and the next), transposed.
+MPK_DEVICE u32 transpose8x8(u32 v) {
+  u32 r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
 }
 
 // D[16x8] += A[16x16] B[16x8], bf16 or f16 operands, f32 accumulators (mma.sync.m16n8k16).

@@ -35,6 +35,11 @@ template <> MPK_DEVICE float narrow<float>(float v) { return v; }
 
 template <class T> MPK_DEVICE float round_to(float v) { return widen(narrow<T>(v)); }
 
+// Two numbers of a 16-bit type, the first in the low half.
+template <class T> MPK_DEVICE u32 pack2(float a, float b) {
+  return static_cast<u32>(narrow<T>(a).bits) | static_cast<u32>(narrow<T>(b).bits) << 16;
+}
+
 // 8 consecutive elements, 16-byte aligned, as fp32.
 MPK_DEVICE void unpack8(ptx::Vec4 v, float (&x)[8], bf16) {
   const u32 w[4] = {v.x, v.y, v.z, v.w};

@@ -14,11 +14,6 @@
 
 namespace mpk {
 
-template <class E>
-MPK_DEVICE u32 pack2(float a, float b) {
-  return static_cast<u32>(narrow<E>(a).bits) | static_cast<u32>(narrow<E>(b).bits) << 16;
-}
-
 template <class N>
 struct MmaInput {
   static constexpr int CHUNKS = (N::K + N::CHUNK - 1) / N::CHUNK;
