@@ -119,7 +119,7 @@ BINARY: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
 }
 # here torch's vectorised functions for the CPU fuse or round otherwise, in the last place
 ULPS = dict.fromkeys("silu softplus mish log_sigmoid elu lerp sigmoid tanh special_expit".split(), 4)
-ULPS |= dict(rsqrt=1, pow=1, addcmul=2, gelu=16, sub=4, add=4, rsub=4)
+ULPS |= dict(sqrt=1, rsqrt=1, pow=1, addcmul=2, gelu=16, sub=4, add=4, rsub=4)
 
 
 def sample(dtype: torch.dtype, seed: int, shape: tuple[int, ...] = (3, 4, 5)) -> torch.Tensor:
