@@ -331,14 +331,31 @@ def _pow(call: Call, x: Expr, y: Expr) -> Expr:
     return op("pow", x, y)
 
 
-@rule("maximum fmax", "self other")
+@rule("maximum", "self other")
 def _maximum(call: Call, x: Expr, y: Expr) -> Expr:
     return op("or" if x.dtype is DType.BOOL else "max", x, y)
 
 
-@rule("minimum fmin", "self other")
+@rule("minimum", "self other")
 def _minimum(call: Call, x: Expr, y: Expr) -> Expr:
     return op("and" if x.dtype is DType.BOOL else "min", x, y)
+
+
+@rule("fmax", "self other")
+def _fmax(call: Call, x: Expr, y: Expr) -> Expr:
+    return _unless_nan(x, y, _maximum(call, x, y))
+
+
+@rule("fmin", "self other")
+def _fmin(call: Call, x: Expr, y: Expr) -> Expr:
+    return _unless_nan(x, y, _minimum(call, x, y))
+
+
+def _unless_nan(x: Expr, y: Expr, result: Expr) -> Expr:
+    """The result where both are numbers, else the one that is."""
+    if not x.dtype.is_float:
+        return result
+    return E.where(op("isnan", x), y, E.where(op("isnan", y), x, result))
 
 
 RULES["max.other"], RULES["min.other"] = RULES["maximum"], RULES["minimum"]

@@ -19,6 +19,10 @@ SLACK = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Relative difference: a unit in the last place of a narrow result, a few of f32, whose functions are others here."""
 
 
+LOOSE = {"gelu": 100.0}
+"""Times more: its tail is a small difference of numbers near 1."""
+
+
 def edges(dtype: torch.dtype) -> torch.Tensor:
     if dtype is torch.bool:
         return torch.tensor([False, True])
@@ -41,7 +45,7 @@ def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str)
     finite = b.isfinite()
     wrong = (a.isnan() != b.isnan()) | (~finite & ~b.isnan() & (a != b)) | (finite & ~a.isfinite())
     # results below the normal numbers may be flushed or rounded otherwise
-    slack = SLACK[theirs.dtype] * b.abs() + 2 * torch.finfo(theirs.dtype).smallest_normal
+    slack = LOOSE.get(name, 1.0) * SLACK[theirs.dtype] * b.abs() + 2 * torch.finfo(theirs.dtype).smallest_normal
     wrong |= finite & ~((a - b).abs() <= slack)
     if name not in ZERO_SIGN_OPEN:
         wrong |= (a == 0) & (b == 0) & (a.signbit() != b.signbit())
@@ -50,7 +54,7 @@ def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str)
 
 # the sign of a zero is open where torch takes a maximum or minimum, or its vectorised code differs from its plain one
 ZERO_SIGN_OPEN = frozenset(
-    "gelu relu6 clamp clamp_min clamp_max clip hardtanh fmax fmin maximum minimum max min div.rounding".split()
+    "gelu relu6 clamp clamp_min clamp_max clip hardtanh fmax fmin maximum minimum max min div.rounding floor_divide".split()
 )
 # torch's vectorised code for the CPU multiplies and adds in one step, which overflows later
 FUSED = frozenset("add sub rsub".split())
