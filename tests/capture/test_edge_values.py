@@ -54,7 +54,8 @@ def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str)
 
 # the sign of a zero is open where torch takes a maximum or minimum, or its vectorised code differs from its plain one
 ZERO_SIGN_OPEN = frozenset(
-    "gelu relu6 clamp clamp_min clamp_max clip hardtanh fmax fmin maximum minimum max min div.rounding floor_divide".split()
+    "gelu relu6 clamp clamp_min clamp_max clip hardtanh fmax fmin maximum minimum max min "
+    "div.rounding floor_divide".split()
 )
 # torch's vectorised code for the CPU multiplies and adds in one step, which overflows later
 FUSED = frozenset("add sub rsub".split())
