@@ -66,7 +66,7 @@ class ArgmaxOperator:
         rows, columns = x.shape
         parts = max(1, min(workers // max(rows, 1), columns // MIN_COLUMNS))
         cuts = [columns * i // parts for i in range(parts + 1)]
-        best = buffer(f"{node.name}.best", DType.I64, (rows, parts), BufferKind.SCRATCH)
+        best = buffer(f"{node.name}.best", DType.I64, (rows, parts), BufferKind.SCRATCH, origin=node.origin)
         tasks = []
         for row in range(rows):
             for part, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):

@@ -74,7 +74,7 @@ class ChoiceOperator:
         groups = -(-columns // GROUP)
         parts = max(1, min(workers // max(rows, 1), groups // MIN_GROUPS))
         cuts = [groups * i // parts for i in range(parts + 1)]
-        largest = buffer(f"{node.name}.largest", DType.F32, (rows, groups), BufferKind.SCRATCH)
+        largest = buffer(f"{node.name}.largest", DType.F32, (rows, groups), BufferKind.SCRATCH, origin=node.origin)
         tasks = []
         for row in range(rows):
             here = (row, row + 1)

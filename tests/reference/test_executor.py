@@ -22,7 +22,7 @@ from mpk_dynamo.reference import Executor, allocate, interleave, run_tasks, task
 from mpk_dynamo.reference.guard import check_task, checked
 
 BF16, F32, I64 = DType.BF16, DType.F32, DType.I64
-T, K, HEADS, D, KEYS, LAYERS = 2, 48, 4, 12, 70, 2
+T, K, HEADS, D, KEYS, LAYERS = 2, 48, 4, 12, 270, 2
 
 
 def decoder() -> Graph:
