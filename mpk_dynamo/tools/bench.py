@@ -20,7 +20,7 @@ from .ceiling import Ceiling
 from .ceiling import measure as measure_ceiling
 from .decoder import Decoder, step_bytes
 from .models import load
-from .timing import StepTimes, device_memory, measure
+from .timing import StepTimes, check_alternatives, device_memory, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,9 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    unknown = [n for n in arguments.against if n not in ALTERNATIVES]
-    if unknown:
-        raise OptionError(f"unknown alternative {unknown[0]!r}", remedy=f"choose from {', '.join(ALTERNATIVES)}")
+    check_alternatives(arguments.against, ALTERNATIVES)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("no CUDA device, so there is nothing to time", remedy="--device cpu checks accuracy alone")
     if arguments.device == "cuda" and (arguments.steps < 20 or arguments.repeats < 5):

@@ -20,7 +20,7 @@ from ..opt_in import disable, enable
 from .decoder import Decoder
 from .energy import EnergyMeter
 from .models import load
-from .timing import measure
+from .timing import check_alternatives, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,9 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    unknown = [n for n in arguments.against if n not in ALTERNATIVES]
-    if unknown:
-        raise OptionError(f"unknown alternative {unknown[0]!r}", remedy=f"choose from {', '.join(ALTERNATIVES)}")
+    check_alternatives(arguments.against, ALTERNATIVES)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("no CUDA device, so there is nothing to time", remedy="run on a machine with a GPU")
     if arguments.device != "cuda":

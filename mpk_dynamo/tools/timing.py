@@ -5,16 +5,24 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..errors import OptionError
 from .decoder import Decoder
 
 Forward = Callable[..., Any]
+
+
+def check_alternatives(names: Collection[str], known: Collection[str]) -> None:
+    """Raises OptionError for the first name that is no known alternative to time."""
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise OptionError(f"unknown alternative {unknown[0]!r}", remedy=f"choose from {', '.join(known)}")
 
 
 @dataclass(frozen=True)
