@@ -83,6 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="", choices=("cuda", "cpu"), help="default: cuda where there is one")
     generate.set_defaults(run=_generate)
 
+    soak = commands.add_parser("soak", help="generate for minutes, everything several times, compared bit by bit")
+    soak.add_argument("--model", default="qwen3-0.6b", help="a built-in shape (random weights) or a local folder")
+    soak.add_argument("--layers", type=int, default=0, help="keep only so many layers of a built-in shape")
+    soak.add_argument("--minutes", type=float, default=10, help="after the programs are made")
+    soak.add_argument("--batch", nargs="+", type=int, default=[1, 3, 8], metavar="B", help="sizes to draw from")
+    soak.add_argument("--max-cache", type=int, default=1024, metavar="N", help="most tokens of prompt and answer")
+    soak.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    soak.add_argument("--round", type=int, metavar="N", help="only this round of the seed, to repeat a problem")
+    soak.add_argument("--shared", action="store_true", help="other processes use the GPU: do not judge its memory")
+    soak.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the reference executor")
+    soak.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
+    soak.set_defaults(run=_soak)
+
     mutate = commands.add_parser("mutate", help="does the verifier refuse broken programs? (docs/verification.md)")
     mutate.add_argument("--model", nargs="*", default=[], metavar="FAMILY:BATCH", help="default: eight of families.py")
     mutate.add_argument("--mutants", type=int, default=12000, help="at least so many in all")
@@ -160,6 +173,12 @@ def _coverage(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from .generate import run
+
+    return run(arguments)
+
+
+def _soak(arguments: argparse.Namespace) -> int:
+    from .soak import run
 
     return run(arguments)
 
