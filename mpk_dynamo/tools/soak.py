@@ -51,9 +51,8 @@ class Round:
         r = random.Random(f"{seed} {number}")
         prompt = r.randint(1, capacity // 2)
         new = r.randint(2, min(capacity - prompt, capacity // 2))
-        return Round(
-            number, r.choice(batches), prompt, new, r.randint(1, 32), r.random() < 0.3, r.random() < 0.3, r.getrandbits(31)
-        )
+        sampled, ends = r.random() < 0.3, r.random() < 0.3
+        return Round(number, r.choice(batches), prompt, new, r.randint(1, 32), sampled, ends, r.getrandbits(31))
 
     def inputs(self, vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -113,8 +112,8 @@ class Soak:
         if not torch.isfinite(logits).all():
             return "logits are not finite"
         wanted = min(first.shape[1], what.prompt + min(what.new, SINGLE_STEPS))
-        # the loop draws other random numbers than torch.multinomial
-        if not what.sampled and (wrong := _different(first[:, :wanted], tokens, what.prompt, "the loop and single steps")):
+        wrong = _different(first[:, :wanted], tokens, what.prompt, "the loop and single steps")
+        if wrong and not what.sampled:  # the loop draws other random numbers than torch.multinomial
             return wrong
         return self._compare_fixed(what, first, logits) if what.number == FIXED else ""
 
