@@ -20,25 +20,26 @@ MPK_DEVICE float widen(f16 v) {
 }
 MPK_DEVICE float widen(float v) { return v; }
 
-template <class T> MPK_DEVICE T narrow(float v);
-template <> MPK_DEVICE bf16 narrow<bf16>(float v) {
-  bf16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+// Two numbers of a 16-bit type, the first in the low half.
+template <class T> MPK_DEVICE u32 pack2(float a, float b);
+template <> MPK_DEVICE u32 pack2<bf16>(float a, float b) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
   return r;
 }
-template <> MPK_DEVICE f16 narrow<f16>(float v) {
-  f16 r;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+template <> MPK_DEVICE u32 pack2<f16>(float a, float b) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
   return r;
 }
+
+// One number is converted as half of a pair: a conversion to a single one (F2F) goes through the slow unit that computes
+// square roots and sines, one to a pair (F2FP) does not.
+template <class T> MPK_DEVICE T narrow(float v) { return T{static_cast<u16>(pack2<T>(v, 0.0f))}; }
 template <> MPK_DEVICE float narrow<float>(float v) { return v; }
 
 template <class T> MPK_DEVICE float round_to(float v) { return widen(narrow<T>(v)); }
-
-// Two numbers of a 16-bit type, the first in the low half.
-template <class T> MPK_DEVICE u32 pack2(float a, float b) {
-  return static_cast<u32>(narrow<T>(a).bits) | static_cast<u32>(narrow<T>(b).bits) << 16;
-}
+template <> MPK_DEVICE float round_to<bf16>(float v) { return __uint_as_float(pack2<bf16>(0.0f, v)); }
 
 // 8 consecutive elements, 16-byte aligned, as fp32.
 MPK_DEVICE void unpack8(ptx::Vec4 v, float (&x)[8], bf16) {
