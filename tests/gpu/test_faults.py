@@ -20,6 +20,7 @@ from mpk_dynamo.ir.graph import Graph, Output, RowMap
 from mpk_dynamo.ir.program import Program
 from mpk_dynamo.ir.tasks import task_name
 from mpk_dynamo.ir.types import BufferKind, DType, buffer
+from mpk_dynamo.ops.evaluate import TORCH_DTYPE
 from mpk_dynamo.ops.sampling import sample_tensors
 from mpk_dynamo.runtime import build
 from mpk_dynamo.verify.tables import decode
@@ -177,3 +178,68 @@ def test_faults_of_a_whole_model(what: str) -> None:
     tokens = token_ids(1, capacity)
     ours, eager = (walk(f, empty_cache(model, 1, capacity), tokens) for f in (again, model))
     assert (ours - eager).norm() <= 0.05 * eager.norm()
+
+
+class Replayed:
+    """A step in a CUDA graph: `launches` of them per replay, on the same tensors."""
+
+    def __init__(self, step: Step, tensors: dict[str, torch.Tensor], launches: int = 1) -> None:
+        self.step, self.tensors = step, tensors
+        outputs = [b for b in step.buffers.values() if b.kind is BufferKind.OUTPUT]
+        self.out = {b.storage: torch.empty(b.shape, dtype=TORCH_DTYPE[b.dtype], device=DEVICE) for b in outputs}
+        everything = {**tensors, **self.out}
+        pointers = [everything[name].data_ptr() for name in step.program.bindings]
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            for _ in range(launches):
+                step.executable.launch(pointers)
+
+    def __call__(self) -> None:
+        """Returns within the bound, whatever happens on the device; a fault is not asked for."""
+        start = time.perf_counter()
+        self.graph.replay()
+        torch.cuda.synchronize()
+        assert time.perf_counter() - start < 10 * TIMEOUT_NS / 1e9
+
+
+def test_a_graph_is_replayed_after_the_fault_of_another(program: Program, runs: Callable[..., Step]) -> None:
+    slot = program.schedule.slots[an_event(program).id]
+
+    def ask(waits: Any) -> None:
+        waits["count"][waits["slot"] == slot] += 1
+
+    x = torch.randint(0, 100, (SIZE,), device=DEVICE)
+    good, bad = Replayed(runs(), {"x": x}, 3), Replayed(runs(with_table(program, "waits", ask)), {"x": x}, 3)
+    for _ in range(2):
+        bad()  # the first launch of it gives up after the bound, the others at once
+        with pytest.raises(DeviceFault, match="needed 3, seen 2"):
+            bad.step.executable.check_fault()
+        x.copy_(torch.randint(0, 100, (SIZE,), device=DEVICE))
+        good()
+        good.step.executable.check_fault()
+        assert torch.equal(good.out["out"], 2 * x + 2 * x.flip(0))
+
+
+def test_a_graph_goes_on_after_a_fault_of_its_own(runs: Callable[..., Step]) -> None:
+    """A replay begins with a clean control block. The record of the fault stays, and with it the exception."""
+    node, graph = SAMPLES["row_map-3-gather"]
+    step = runs(emit(lower(graph, 7)))
+    tensors = on_device(sample_tensors(node, graph, 0))
+    replayed = Replayed(step, tensors)
+    replayed()
+    step.executable.check_fault()
+    wanted = {name: t.clone() for name, t in replayed.out.items()}
+    kept = tensors["ids"][1, 2].item()
+    tensors["ids"][1, 2] = 50
+    for _ in range(2):
+        replayed()
+        with pytest.raises(DeviceFault, match="index 50, size 50"):
+            step.executable.check_fault()
+    tensors["ids"][1, 2] = kept
+    for t in replayed.out.values():
+        t.zero_()
+    replayed()
+    assert all(torch.equal(replayed.out[name], t) for name, t in wanted.items())
+    with pytest.raises(DeviceFault, match="index 50, size 50"):
+        step(tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import handover
 import plain_kernels
 import pytest
 import torch
@@ -64,3 +65,8 @@ def test_a_weakened_edge_shows(name: str) -> None:
     print(f"{name}: {seen} wrong values")
     if not any(seen):
         pytest.skip(f"{target().name} does not show what {name} allows")
+
+
+@pytest.mark.parametrize("name", [name for name in handover.WAYS if "unordered" not in name])
+def test_shared_memory_is_handed_over(name: str) -> None:
+    assert handover.wrong_values(name) == 0
