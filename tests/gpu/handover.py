@@ -30,7 +30,8 @@ ROUNDS, WORDS = 50, 128
 
 def source(how: str) -> str:
     signature = "const mpk::u32* from, mpk::u32* wrong, mpk::u64 rounds"
-    return f'{TEXT}\nextern "C" __global__ void way({signature}) {{ mpk::hand_over<mpk::{how}>(from, wrong, rounds); }}\n'
+    body = f"mpk::hand_over<mpk::{how}>(from, wrong, rounds);"
+    return f'{TEXT}\nextern "C" __global__ void way({signature}) {{ {body} }}\n'
 
 
 def wrong_values(name: str) -> int:
