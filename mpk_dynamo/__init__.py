@@ -15,6 +15,7 @@ _HOMES = {
     "disable": "mpk_dynamo.opt_in",
     "custom_generate": "mpk_dynamo.generate.hf",
     "explain": "mpk_dynamo.tools.explain",
+    "load_cache_artifacts": "mpk_dynamo.runtime.artifacts",
     "reports": "mpk_dynamo.report",
     "clear_reports": "mpk_dynamo.report",
     "Settings": "mpk_dynamo.settings",
@@ -42,6 +43,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "load_cache_artifacts",
     "reports",
 ]
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .generate.hf import custom_generate
     from .opt_in import disable, enable
     from .report import clear_reports, reports
+    from .runtime.artifacts import load_cache_artifacts
     from .settings import Settings
     from .tools.explain import explain
 

@@ -13,10 +13,13 @@ import json
 import os
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from . import artifacts
 
 FORMAT = 1
 _SUFFIX = ".mpk"
@@ -47,30 +50,32 @@ class Cache:
         self.folder = Path(folder).expanduser() if folder else default_dir()
 
     def get(self, key: str) -> tuple[bytes, dict[str, Any]] | None:
-        """(cubin, description) of an entry, or None when there is none that can be trusted."""
+        """(cubin, description) of an entry, or None when there is none that can be trusted. Entries of loaded artifacts
+        serve where the folder has none, and are stored there."""
         path = self.folder / (key + _SUFFIX)
+        if (data := self._read(path)) is not None and (found := _parsed(key, data, str(path))) is not None:
+            artifacts.record(key, data)
+            return found
+        if (data := artifacts.loaded(key)) is not None and (found := _parsed(key, data, "of loaded artifacts")):
+            self.put(key, *found)
+            return found
+        return None
+
+    def _read(self, path: Path) -> bytes | None:
         try:
             if not path.exists():
                 return None
             _refuse_foreign(os.stat(self.folder), self.folder)
-            data = _read_own(path)
+            return _read_own(path)
         except OSError as why:
             _warn(f"the kernel cache entry {path} is not used: {why}")
-            return None
-        head, _, cubin = data.partition(b"\n")
-        try:
-            meta = json.loads(head)
-            description = dict(meta["description"])
-            if meta["format"] != FORMAT or meta["sha256"] != _checksum(key, cubin, description):
-                raise ValueError("its checksum does not match")
-            return cubin, description
-        except (ValueError, KeyError, TypeError) as why:
-            _warn(f"the kernel cache entry {path} is damaged and will be replaced: {why}")
             return None
 
     def put(self, key: str, cubin: bytes, description: Mapping[str, Any]) -> bool:
         """Stores an entry; False (with one warning) when it cannot be stored. `description` is JSON data."""
         meta = {"format": FORMAT, "sha256": _checksum(key, cubin, description), "description": dict(description)}
+        data = json.dumps(meta, sort_keys=True).encode() + b"\n" + cubin
+        artifacts.record(key, data)
         temporary = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -78,8 +83,9 @@ class Cache:
             # mkstemp opens with mode 0600
             handle, temporary = tempfile.mkstemp(prefix=f".{key[:16]}.", dir=self.folder)
             with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(meta, sort_keys=True).encode() + b"\n" + cubin)
+                file.write(data)
             os.replace(temporary, self.folder / (key + _SUFFIX))
+            _remove_left_over(self.folder)
             return True
         except OSError as why:
             if temporary is not None:
@@ -89,6 +95,27 @@ class Cache:
                     pass
             _warn(f"compiled kernels are not kept in {self.folder}: {why}; set MPK_CACHE_DIR to a writable folder")
             return False
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Files that a process was writing when it died, a day ago or longer."""
+    for path in folder.glob(".*.*"):
+        if path.stat().st_mtime < time.time() - 86400:
+            path.unlink(missing_ok=True)
+
+
+def _parsed(key: str, data: bytes, where: str) -> tuple[bytes, dict[str, Any]] | None:
+    """(cubin, description) of an entry's bytes, or None, with a warning, when they are not what was stored."""
+    head, _, cubin = data.partition(b"\n")
+    try:
+        meta = json.loads(head)
+        description = dict(meta["description"])
+        if meta["format"] != FORMAT or meta["sha256"] != _checksum(key, cubin, description):
+            raise ValueError("its checksum does not match")
+        return cubin, description
+    except (ValueError, KeyError, TypeError) as why:
+        _warn(f"the kernel cache entry {where} is damaged and will be replaced: {why}")
+        return None
 
 
 def _read_own(path: Path) -> bytes:

@@ -13,8 +13,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import toy_program
 
+import mpk_dynamo
 from mpk_dynamo.runtime import cache as cache_module
 from mpk_dynamo.runtime import sources
 from mpk_dynamo.runtime.cache import Cache, default_dir, digest
@@ -261,3 +263,123 @@ def test_closure_follows_includes(tmp_path):
 
 def test_device_sources_are_found():
     assert (sources.include_dir() / "mpk").is_dir()
+
+
+# --- a process that dies, and torch's artifacts -----------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from mpk_dynamo.runtime import cache
+store = cache.Cache(sys.argv[1])
+def die(*_args, **_how):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "before the rename":
+    os.replace = die
+else:
+    whole = os.fdopen
+    def fdopen(handle, mode):
+        class Half:
+            def __enter__(self): return self
+            def __exit__(self, *_): pass
+            def write(self, data):
+                os.write(handle, data[: len(data) // 2])
+                die()
+        return Half() if mode == "wb" else whole(handle, mode)
+    os.fdopen = fdopen
+store.put({key!r}, bytes(range(256)) * 8, {{"arch": "sm_90a"}})
+"""
+
+
+@pytest.mark.parametrize("when", ["in the write", "before the rename"])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_kill_while_an_entry_is_written(tmp_path, when, old):
+    store = Cache(tmp_path / "c")
+    if old:
+        assert store.put(KEY, CUBIN, DESCRIPTION)
+    path = [str(Path(__file__).parents[2])]
+    dead = subprocess.run([sys.executable, "-c", KILLED.format(path=path, key=KEY), str(tmp_path / "c"), when])
+    assert dead.returncode == -9
+    (left,) = [p for p in store.folder.iterdir() if p.name != f"{KEY}.mpk"]
+    assert left.name.startswith(".") and left.stat().st_size > 0, "it died before it wrote anything"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (store.get(KEY) is not None) == old
+        assert store.put(KEY, CUBIN, DESCRIPTION) and store.get(KEY)[0] == CUBIN
+    _make_old(left)
+    store.put("cd" * 32, CUBIN, DESCRIPTION)
+    assert not left.exists(), "what a dead process left is removed some day"
+    assert store.get(KEY)[0] == CUBIN
+
+
+def _make_old(path):
+    day_before_yesterday = path.stat().st_mtime - 2 * 86400
+    os.utime(path, (day_before_yesterday, day_before_yesterday))
+
+
+ARTIFACTS = """
+import sys, warnings
+sys.path[:0] = {path!r}
+import torch, toy_program, mpk_dynamo
+from mpk_dynamo.runtime.build import build
+from mpk_dynamo.targets import known
+if sys.argv[2] == "load":
+    print(mpk_dynamo.load_cache_artifacts(open(sys.argv[3], "rb").read()).artifacts["mpk_dynamo"])
+a = build(toy_program.program(), known("sm_90a"), cache_dir=sys.argv[1])
+if sys.argv[2] == "save":
+    open(sys.argv[3], "wb").write(torch.compiler.save_cache_artifacts()[0])
+print(a.key, a.from_cache)
+"""
+
+
+def test_torch_saves_and_loads_kernels(toolchain, tmp_path, monkeypatch):
+    from torch.compiler._cache import CacheArtifactManager
+
+    from mpk_dynamo.runtime import artifacts
+
+    monkeypatch.setattr(artifacts, "_loaded", {})
+    with CacheArtifactManager.with_fresh_cache():
+        made = _build(tmp_path / "a")
+        data, info = torch.compiler.save_cache_artifacts()
+    assert info.artifacts["mpk_dynamo"] == [made.key]
+    assert mpk_dynamo.load_cache_artifacts(data).artifacts["mpk_dynamo"] == [made.key]
+    with CacheArtifactManager.with_fresh_cache():
+        again = _build(tmp_path / "b")
+        assert torch.compiler.save_cache_artifacts()[1].artifacts["mpk_dynamo"] == [made.key], "handed on"
+    assert again.from_cache and again.cubin == made.cubin and (tmp_path / "b" / f"{made.key}.mpk").exists()
+
+
+@pytest.mark.slow
+def test_artifacts_of_torch_carry_kernels_to_another_process(toolchain, tmp_path):
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+    def process(folder, what):
+        command = [sys.executable, "-c", ARTIFACTS.format(path=path), str(tmp_path / folder), what, str(tmp_path / "a")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split("\n")
+
+    key, hit = process("one", "save")[0].split()
+    assert hit == "False"
+    assert process("other", "load") == [f"['{key}']", f"{key} True", ""]
+    assert process("other", "save") == [f"{key} True", ""], "what was loaded is kept, and handed on"
+    assert process("third", "load") == [f"['{key}']", f"{key} True", ""]
+
+
+def test_a_damaged_artifact_is_compiled_anew(toolchain, tmp_path, monkeypatch):
+    from mpk_dynamo.runtime import artifacts
+
+    key = _build(tmp_path / "a").key
+    entry = (tmp_path / "a" / f"{key}.mpk").read_bytes()
+    monkeypatch.setattr(artifacts, "_loaded", {key: entry[:-1] + bytes([entry[-1] ^ 1])})
+    with pytest.warns(RuntimeWarning, match="of loaded artifacts is damaged"):
+        assert not _build(tmp_path / "b").from_cache
+    assert _build(tmp_path / "b").from_cache
+
+
+def test_a_torch_without_artifacts_of_others(stored, monkeypatch):
+    from mpk_dynamo.runtime import artifacts
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.compiler._cache", None)
+        assert not artifacts.register.__wrapped__()
+    monkeypatch.setattr(artifacts, "register", lambda: False)
+    assert stored[0].get(KEY)[0] == CUBIN
