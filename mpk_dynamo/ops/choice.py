@@ -27,7 +27,7 @@ MIN_GROUPS = 16
 MAX_COLUMNS = 1 << 18
 """Columns of a row on the device, at most: the sum of their weights fits 63 bits."""
 
-SCRATCH = 8192
+SCRATCH = 12288
 """Bytes of shared memory; choice.cuh asserts that it suffices."""
 
 
@@ -132,10 +132,14 @@ class ChoiceOperator:
             self._draw(node, memory, row)
 
     def device_forms(self, node: Choice, buffers: Mapping[str, Buffer]) -> dict[str, DeviceForm]:
-        """Raises Unsupported for more columns than weights can be summed of."""
+        """Raises Unsupported for more columns than weights can be summed of, and where the step computes what names
+        the random number: the body reads that before its events have come."""
         x = buffers[node.x]
         if x.shape[1] > MAX_COLUMNS:
             raise Unsupported(f"sampling from {x.shape[1]} columns; {MAX_COLUMNS} are possible", origin=node.origin)
+        for name in (node.key, node.step, node.sequences):
+            if buffers[name].kind in (BufferKind.SCRATCH, BufferKind.OUTPUT) or name != buffers[name].storage:
+                raise Unsupported(f"sampling by {name}, which the step itself computes", origin=node.origin)
         flags = ", ".join(
             f"{s.upper()} = {'true' if getattr(node, s) else 'false'}" for s in ("top_k", "top_p", "min_p")
         )

@@ -68,34 +68,41 @@ MPK_DEVICE u64 uniform64(u64 key, u64 step, u64 sequence) {
   return static_cast<u64>(c1) << 32 | c0;
 }
 
+// A column that may be drawn: its sort key above its index, and its weight.
+struct alignas(16) Candidate {
+  u64 order, weight;
+};
+
 // Shared memory of one draw.
 struct DrawScratch {
   static constexpr int CANDIDATES = 512, GROUPS = 1024;
+  Candidate list[CANDIDATES];
   i64 reduce[2 * kConsumerWarps];
   u64 sums[2][kConsumerWarps][3];
-  u32 key[CANDIDATES], index[CANDIDATES];
+  alignas(16) u32 stripe[kConsumers];
   u16 group[GROUPS];
-  u32 candidates, groups;
+  u32 candidates, groups, bound;
+  int drawn;
 };
-static_assert(sizeof(DrawScratch) <= 8192, "ops/choice.py: SCRATCH");
+static_assert(sizeof(DrawScratch) <= 12288, "ops/choice.py: SCRATCH");
 
-// Sums of three integers over all consumers.
+// Sums of up to three integers over all consumers.
 struct Sums {
   DrawScratch& s;
   u32 turn = 0;
-  MPK_DEVICE void operator()(u64 (&v)[3]) {
+  template <int J> MPK_DEVICE void operator()(u64 (&v)[J]) {
 #pragma unroll
     for (int d = 16; d; d >>= 1)
 #pragma unroll
-      for (int j = 0; j < 3; ++j) v[j] += __shfl_xor_sync(~0u, v[j], d);
+      for (int j = 0; j < J; ++j) v[j] += __shfl_xor_sync(~0u, v[j], d);
     auto& slots = s.sums[turn & 1];  // two buffers: the next sum may start before every warp has read this one
     ++turn;
     if ((threadIdx.x & 31) == 0)
 #pragma unroll
-      for (int j = 0; j < 3; ++j) slots[threadIdx.x / 32][j] = v[j];
+      for (int j = 0; j < J; ++j) slots[threadIdx.x / 32][j] = v[j];
     ptx::barrier(kBarConsumers, kConsumers);
 #pragma unroll
-    for (int j = 0; j < 3; ++j) {
+    for (int j = 0; j < J; ++j) {
       v[j] = slots[0][j];
 #pragma unroll
       for (u32 w = 1; w < kConsumerWarps; ++w) v[j] += slots[w][j];
@@ -133,26 +140,6 @@ struct GroupSource {  // the largest of each group
     }
   }
 };
-struct ListSource {
-  static constexpr int EACH = DrawScratch::CANDIDATES / static_cast<int>(kConsumers);
-  u32 key[EACH];
-  int index[EACH];
-  MPK_DEVICE void load(const DrawScratch& s) {
-#pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-      const u32 i = j * kConsumers + threadIdx.x;
-      const bool there = i < s.candidates;
-      key[j] = there ? s.key[i] : 0;
-      index[j] = there ? static_cast<int>(s.index[i]) : -1;
-    }
-  }
-  template <class F> MPK_DEVICE void each(int from, int to, F&& f) const {
-#pragma unroll
-    for (int j = 0; j < EACH; ++j)
-      if (index[j] >= from && index[j] < to) f(key[j], index[j]);
-  }
-};
-
 // The largest t, a multiple of 1 << LOW, such that the measures of the elements with key >= t add up to `need`, two bits
 // at a time; 0 when all together do not.
 template <int LOW, class S, class F>
@@ -206,16 +193,24 @@ struct Kept {
   double weight;
 };
 
+// What top-p may drop of the weights that are left, from the smallest.
+MPK_DEVICE u64 dropped_of(const double* numbers, u64 total) {
+  const double share = __dsub_rn(1.0, numbers[2]);
+  if (!(share > 0.0)) return 0;
+  const u64 dropped = static_cast<u64>(__dmul_rn(share < 1.0 ? share : 1.0, static_cast<double>(total)));
+  return dropped > total - 1 ? total - 1 : dropped;
+}
+MPK_DEVICE u64 wanted_of(const double* numbers, int columns) {
+  const double wanted = numbers[1];
+  return !(wanted >= 1.0) ? 1 : wanted < columns ? static_cast<u64>(wanted) : columns;
+}
+MPK_DEVICE double least_weight(const double* numbers) { return __dmul_rn(numbers[3], static_cast<double>(1ull << kWeightBits)); }
+
 template <class N, class S>
 MPK_DEVICE Kept filter(Sums& sums, const S& source, float top, const double* numbers, u32 key, u64 total) {
   Kept kept{key, 0, 0.0};
   if constexpr (N::TOP_P) {
-    const double share = __dsub_rn(1.0, numbers[2]);
-    u64 dropped = 0;
-    if (share > 0.0) {
-      dropped = static_cast<u64>(__dmul_rn(share < 1.0 ? share : 1.0, static_cast<double>(total)));
-      if (dropped > total - 1) dropped = total - 1;
-    }
+    const u64 dropped = dropped_of(numbers, total);
     const auto mass = [&](u32 k, int) { return k >= key ? weight_of(value_of_key(k), top) : 0; };
     const u32 cut = highest_key<0>(sums, source, total - dropped, mass);
     u64 v[3] = {0, 0, 0};
@@ -227,7 +222,7 @@ MPK_DEVICE Kept filter(Sums& sums, const S& source, float top, const double* num
     kept.key = cut;
     kept.index = first_index_beyond<N::COLUMNS>(sums, source, dropped - below, [&](u32 k, int i) { return k == cut ? mass(k, i) : 0; });
   }
-  if constexpr (N::MIN_P) kept.weight = __dmul_rn(numbers[3], static_cast<double>(1ull << kWeightBits));
+  if constexpr (N::MIN_P) kept.weight = least_weight(numbers);
   return kept;
 }
 
@@ -246,26 +241,99 @@ MPK_DEVICE int draw_kept(Sums& sums, const S& source, float top, const Kept& kep
   return first_index_beyond<N::COLUMNS>(sums, source, __umul64hi(uniform, v[0]), mass);
 }
 
-// With the candidates or the row as the source: top-k, then the rest. `total`: 0 when top-k decides it.
-template <class N, class S>
-MPK_DEVICE int draw_from(Sums& sums, const S& source, float top, const double* numbers, u64 uniform, u64 total) {
+// With the row as the source: top-k, then the rest. `total`: the sum of all weights, unless top-k changes it.
+template <class N>
+MPK_DEVICE int draw_from_row(Sums& sums, const RowSource<N>& row, float top, const double* numbers, u64 uniform, u64 total) {
   u32 key = 0;
   if constexpr (N::TOP_K) {
-    const double wanted = numbers[1];
-    const u64 k = !(wanted >= 1.0) ? 1 : wanted < N::COLUMNS ? static_cast<u64>(wanted) : N::COLUMNS;
-    key = highest_key<0>(sums, source, k, [](u32, int) { return 1ull; });
-    u64 v[3] = {0, 0, 0};
-    source.each(0, 0x7fffffff, [&](u32 x, int) { if (x >= key) v[0] += weight_of(value_of_key(x), top); });
+    key = highest_key<0>(sums, row, wanted_of(numbers, N::COLUMNS), [](u32, int) { return 1ull; });
+    u64 v[1] = {0};
+    row.each(0, 0x7fffffff, [&](u32 x, int) { if (x >= key) v[0] += weight_of(value_of_key(x), top); });
     sums(v);
     total = v[0];
   }
   if (N::TOP_P && total == 0) return 0;
-  return draw_kept<N>(sums, source, top, filter<N>(sums, source, top, numbers, key, total), uniform);
+  return draw_kept<N>(sums, row, top, filter<N>(sums, row, top, numbers, key, total), uniform);
+}
+
+// With the list of candidates, which holds every column that is no smaller than one of them. What is kept, and where a
+// running sum ends, follows from comparisons of all with all: a few hundred are cheaper than rounds of sums. `total`
+// as above. False when the nucleus may reach beyond the list.
+template <class N>
+MPK_DEVICE bool draw_from_list(Sums& sums, DrawScratch& s, const double* numbers, u64 uniform, u64 total, int& drawn) {
+  constexpr int EACH = DrawScratch::CANDIDATES / static_cast<int>(kConsumers);
+  const u32 count = s.candidates, first = threadIdx.x;
+  Candidate mine[EACH];
+  u64 above[EACH] = {};  // weight of what is larger
+  u32 larger[EACH] = {};  // number of larger keys
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) mine[e] = first + e * kConsumers < count ? s.list[first + e * kConsumers] : Candidate{0, 0};
+  if (first / 32 * 32 < count)
+#pragma unroll 4
+    for (u32 i = 0; i < count; ++i) {
+      const Candidate other = s.list[i];
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        if (other.order > mine[e].order) above[e] += other.weight;
+        if (other.order >> 32 > mine[e].order >> 32) ++larger[e];
+      }
+    }
+  u64 v[1] = {0};
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    if (N::TOP_K && larger[e] >= wanted_of(numbers, N::COLUMNS)) mine[e].weight = 0;
+    v[0] += mine[e].weight;
+  }
+  if constexpr (N::TOP_P) {
+    sums(v);  // also a barrier: everybody has read the list
+    if (N::TOP_K) total = v[0];
+    const u64 dropped = total ? dropped_of(numbers, total) : 0;
+    if (v[0] < total - dropped) return false;
+    v[0] = 0;
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      if (above[e] >= total - dropped) mine[e].weight = 0;
+      if (N::MIN_P && static_cast<double>(mine[e].weight) < least_weight(numbers)) mine[e].weight = 0;
+      v[0] += mine[e].weight;
+    }
+  } else {
+    if constexpr (N::MIN_P) {
+      v[0] = 0;
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        if (static_cast<double>(mine[e].weight) < least_weight(numbers)) mine[e].weight = 0;
+        v[0] += mine[e].weight;
+      }
+    }
+    ptx::barrier(kBarConsumers, kConsumers);
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; ++e)
+    if (first + e * kConsumers < count) s.list[first + e * kConsumers].weight = mine[e].weight;
+  sums(v);
+  const u64 rest = __umul64hi(uniform, v[0]);
+  if (threadIdx.x == 0) s.drawn = 0;
+  ptx::barrier(kBarConsumers, kConsumers);
+  u64 before[EACH] = {};  // weight of what comes first in the order of indices
+  if (first / 32 * 32 < count)
+#pragma unroll 4
+    for (u32 i = 0; i < count; ++i) {
+      const Candidate other = s.list[i];
+#pragma unroll
+      for (int e = 0; e < EACH; ++e)
+        if (static_cast<u32>(other.order) < static_cast<u32>(mine[e].order)) before[e] += other.weight;
+    }
+#pragma unroll
+  for (int e = 0; e < EACH; ++e)
+    if (before[e] <= rest && rest - before[e] < mine[e].weight) s.drawn = static_cast<int>(static_cast<u32>(mine[e].order));
+  ptx::barrier(kBarConsumers, kConsumers);
+  drawn = s.drawn;
+  return true;
 }
 
 // Columns whose key is at least `bound` into the list; false when there are too many.
 template <class N>
-MPK_DEVICE bool gather_candidates(DrawScratch& s, const GroupSource<N>& groups, const RowSource<N>& row, u32 bound) {
+MPK_DEVICE bool gather_candidates(DrawScratch& s, const GroupSource<N>& groups, const RowSource<N>& row, u32 bound, float top) {
   if (threadIdx.x == 0) s.candidates = s.groups = 0;
   ptx::barrier(kBarConsumers, kConsumers);
   groups.each(0, 0, [&](u32 key, int i) {
@@ -283,12 +351,32 @@ MPK_DEVICE bool gather_candidates(DrawScratch& s, const GroupSource<N>& groups, 
     const u32 key = sort_key(load1(row.row + static_cast<i64>(column) * N::COLUMN_STRIDE), kLowest);
     if (key < bound) continue;
     const u32 at = atomicAdd(&s.candidates, 1);
-    if (at >= DrawScratch::CANDIDATES) continue;
-    s.key[at] = key;
-    s.index[at] = static_cast<u32>(column);
+    if (at < DrawScratch::CANDIDATES) s.list[at] = {static_cast<u64>(key) << 32 | static_cast<u32>(column), weight_of(value_of_key(key), top)};
   }
   ptx::barrier(kBarConsumers, kConsumers);
   return s.candidates <= DrawScratch::CANDIDATES;
+}
+
+// A key that at least `wanted` columns reach. Of up to kStripes columns: the wanted-th largest of what each thread saw
+// as its largest, which is nearly as high as that of all groups and found by comparing all with all.
+constexpr u32 kStripes = kConsumers * 3 / 4;
+
+template <class N>
+MPK_DEVICE u32 bound_of(Sums& sums, DrawScratch& s, const GroupSource<N>& groups, u32 best, u32 wanted) {
+  if (wanted > kStripes) return highest_key<14>(sums, groups, wanted, [](u32, int) { return 1ull; });
+  s.stripe[threadIdx.x] = best;
+  ptx::barrier(kBarConsumers, kConsumers);
+  u32 rank = 0;
+#pragma unroll 4
+  for (u32 i = 0; i < kConsumers; i += 4) {
+    const uint4 other = *reinterpret_cast<const uint4*>(&s.stripe[i]);
+    const u32 keys[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+    for (u32 j = 0; j < 4; ++j) rank += keys[j] > best || (keys[j] == best && i + j < threadIdx.x);
+  }
+  if (rank == wanted - 1) s.bound = best;
+  ptx::barrier(kBarConsumers, kConsumers);
+  return s.bound;
 }
 
 template <class N>
@@ -304,44 +392,30 @@ __device__ __noinline__ int draw(const typename N::Value* values, const float* l
   const float top = value_of_key(static_cast<u32>(g.template reduce<MaxCandidate>(static_cast<i64>(best))));
   u64 total = 0;
   if constexpr (!N::TOP_K) {
-    u64 v[3] = {0, 0, 0};
+    u64 v[1] = {0};
     row.each(0, 0x7fffffff, [&](u32 key, int) { v[0] += weight_of(value_of_key(key), top); });
     sums(v);
     total = v[0];
     if (total == 0) return 0;
   }
   if constexpr (N::TOP_K || N::TOP_P) {
-    // The k-th largest group has k columns that are no smaller: a bound below which top-k keeps nothing.
-    double wanted = 256.0;
-    if constexpr (N::TOP_K) wanted = numbers[1];
-    if (wanted <= DrawScratch::CANDIDATES) {
-      const u32 bound = highest_key<14>(sums, groups, wanted >= 1.0 ? static_cast<u64>(wanted) : 1, [](u32, int) { return 1ull; });
-      if (gather_candidates<N>(s, groups, row, bound)) {
-        ListSource list;
-        list.load(s);
-        bool enough = N::TOP_K;
-        if constexpr (!N::TOP_K) {  // the nucleus must lie inside
-          u64 v[3] = {0, 0, 0};
-          list.each(0, 0x7fffffff, [&](u32 key, int) { v[0] += weight_of(value_of_key(key), top); });
-          sums(v);
-          const double share = __dsub_rn(1.0, numbers[2]);
-          const double needed = __dmul_rn(share > 0.0 ? 1.0 - share : 1.0, static_cast<double>(total));
-          enough = static_cast<double>(v[0]) > needed * 1.0000001 + 2.0;
-        }
-        if (enough) return draw_from<N>(sums, list, top, numbers, uniform, total);
-      }
-    }
+    const u64 wanted = N::TOP_K ? wanted_of(numbers, N::COLUMNS) : 256;
+    int drawn;
+    if (wanted <= DrawScratch::CANDIDATES && gather_candidates<N>(s, groups, row, bound_of<N>(sums, s, groups, best, static_cast<u32>(wanted)), top) &&
+        draw_from_list<N>(sums, s, numbers, uniform, total, drawn))
+      return drawn;
   }
-  return draw_from<N>(sums, row, top, numbers, uniform, total);
+  return draw_from_row<N>(sums, row, top, numbers, uniform, total);
 }
 
 template <class N, class Ctx>
 MPK_DEVICE void choice(Ctx& c) {
-  if (!c.wait()) return;
   constexpr int GROUPS = GroupSource<N>::GROUPS;
   const int row = c.arg(0);
+  // ahead of the wait: whoever counts the step does so after this task, which reads the count
   const u64 uniform = uniform64(static_cast<u64>(*c.template pointer<i64>(3)), static_cast<u64>(*c.template pointer<i64>(4)),
                                 static_cast<u64>(c.template pointer<i64>(5)[row]));
+  if (!c.wait()) return;
   const int chosen = draw<N>(c.template pointer<typename N::Value>(0) + static_cast<i64>(row) * N::ROW_STRIDE,
                              c.template pointer<float>(1) + static_cast<i64>(row) * GROUPS, c.template pointer<double>(2), uniform, c.scratch());
   if (threadIdx.x == 0) c.template pointer<i64>(6)[row] = chosen;
