@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 6
+VERSION = 7
 
 EVENT_STRIDE = 32
 """u32 words between event counters: one 128-byte line each, so that pollers of one event do not disturb another."""
 
-CONTROL_EPOCH, CONTROL_DONE, CONTROL_ABORT, CONTROL_LAST, CONTROL_EVENTS = 0, 32, 64, 96, 128
-"""Word offsets in the control block: steps completed, workers done with one (monotonic), abort flag, steps completed
-when a launch ended early, first counter."""
+CONTROL_EPOCH, CONTROL_DONE, CONTROL_ABORT, CONTROL_EVENTS = 0, 32, 64, 96
+"""Word offsets in the control block: steps completed, workers done with one (monotonic), abort flag, first counter."""
 
 MAX_OPERANDS = 32
 """Buffers one task body may refer to."""
@@ -114,7 +113,9 @@ LAUNCH_FIXED = Struct(
         ("timeout_ns", "u64", 1),  # bound of every wait
         ("flight", "u32", 1),  # ring slots a loader may have in flight
         ("flight_waiting", "u32", 1),  # the same while its worker waits for an event
-        ("done", "u64", 1),  # device address of an i64: a step that leaves it other than 0 is the last; or 0
+        # device address of two i64, or 0: a step that leaves the first other than 0 is the last; then the launch sets
+        # the second, and a launch that finds that set runs no step
+        ("done", "u64", 1),
         ("steps", "u64", 1),  # at most so many steps, at least 1
     ),
 )
@@ -165,7 +166,7 @@ def header() -> str:
     """C++ declarations of everything above, as the text of mpk/abi.h."""
     lines = ["// Generated from mpk_dynamo/abi.py. Do not edit.", "#pragma once", "namespace mpk {"]
     lines += ["using u32 = unsigned int; using i32 = int; using u64 = unsigned long long;"]
-    names = "VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_LAST CONTROL_EVENTS"
+    names = "VERSION EVENT_STRIDE CONTROL_EPOCH CONTROL_DONE CONTROL_ABORT CONTROL_EVENTS"
     for name in f"{names} MAX_OPERANDS MAX_WAITS MAX_SEGMENTS".split():
         lines.append(f"constexpr u32 {name} = {globals()[name]};")
     for name in ("ARENA_REF", "FLAGGED_REF", "NO_REF"):

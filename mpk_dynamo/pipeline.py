@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .ir.graph import Graph
     from .ir.program import Program
     from .ir.schedule import Schedule
-    from .loop import Feed, Sampling
+    from .loop import Feed, Loop, Sampling
     from .passes.schedule.timeline import Timeline
     from .targets import Target
 
@@ -88,7 +88,7 @@ def compile_loop(
     sampling: "Sampling",
     settings: Settings,
     report: Report,
-) -> Callable[..., int]:
+) -> "Loop":
     """From Dynamo's graph of a decode step to a loop of such steps: `loop(args, state, steps)`.
 
     fed: "tokens" (a tensor), "positions" and "masks" (lists of tensors): the very objects among `example_inputs` that

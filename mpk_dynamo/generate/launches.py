@@ -18,7 +18,7 @@ from torch._dynamo.exc import Unsupported as DynamoUnsupported
 
 from .. import pipeline
 from ..errors import MpkError, Unsupported
-from ..loop import LoopState, Sampling
+from ..loop import Loop, LoopState, Progress, Sampling
 from ..report import Report, record
 from ..settings import Settings
 from ..specialize import free_numbers, has_symbols, returned_numbers, size_key
@@ -42,14 +42,17 @@ class Segment:
     """Launches that follow each other without the host touching what the steps are fed.
 
     inputs: what the model's forward takes for the first of them; the tensors of `fed` among them are advanced by each
-    launch. repeat: launches again, and is None until the first launch is done, or when the graph is for one step only.
+    launch. reads: whether the host wants to read the tokens of each launch. repeat: launches again, and is None until
+    the first launch, or when the graph is for one step only. progress: of the last launch.
     """
 
     inputs: dict[str, Any]
     fed: dict[str, Any]
     state: LoopState
+    reads: bool = False
     steps: int = 0
-    repeat: Callable[[int], None] | None = None
+    repeat: "Callable[[Segment, int], None] | None" = None
+    progress: Progress | None = None
 
 
 class LoopForward:
@@ -61,11 +64,14 @@ class LoopForward:
     def __init__(self, model: "PreTrainedModel", sampling: Sampling, settings: Settings) -> None:
         self._sampling, self._settings = sampling, settings
         self._local = threading.local()
+        self.step_s: dict[int, float] = {}
+        """Seconds that a step took lately, by batch."""
         # with dynamic=False, a cache that counts its tokens in Python would compile for every length
         self._forward = torch.compile(_forward_of(model), backend=self._compile, fullgraph=True)
 
     def start(self, segment: Segment, steps: int) -> None:
-        """The first launch, of up to `steps` steps, or of one where the graph is for the present lengths only.
+        """The first launch, of up to `steps` steps, or of one where the graph is for the present lengths only. It is
+        under way when this returns.
 
         Raises Unsupported when the model's step has no loop.
         """
@@ -97,15 +103,15 @@ class LoopForward:
                 loops[size] = self._loop(gm, args)
             # where the cache counts in Python and the count is no input, it is a constant of this graph
             repeats = counts or not counting_layers(segment.inputs)
-            loops[size](args, segment.state, segment.steps if repeats else 1)
+            _launch(loops[size], args, segment, segment.steps if repeats else 1)
             if repeats:
-                segment.repeat = functools.partial(_again, loops[size], args, segment.state)
+                segment.repeat = functools.partial(_launch, loops[size], args)
             return results
 
         return returned_numbers(gm, launch)
 
-    def _loop(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The loop for the present sizes, or a function that raises why there is none."""
+    def _loop(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Loop | Unsupported:
+        """The loop for the present sizes, or why there is none."""
         report = record(Report(fx_nodes=sum(n.op not in ("placeholder", "output", "get_attr") for n in gm.graph.nodes)))
         fed = self._local.segment.fed
         try:
@@ -121,15 +127,13 @@ class LoopForward:
             _log.info("%s", report.summary())
             return loop
         report.reason, report.origin, report.outcome = why.message, why.origin, "no loop"
-        return functools.partial(_refuse, why)
+        return why
 
 
-def _again(loop: Callable[..., int], args: tuple[Any, ...], state: LoopState, steps: int) -> None:
-    loop(args, state, steps)
-
-
-def _refuse(why: Unsupported, *_args: Any) -> Any:
-    raise why
+def _launch(loop: Loop | Unsupported, args: tuple[Any, ...], segment: Segment, steps: int) -> None:
+    if isinstance(loop, Unsupported):
+        raise loop
+    segment.progress = loop.start(args, segment.state, steps, tokens=segment.reads)
 
 
 def _outputs(gm: torch.fx.GraphModule) -> Sequence[Any]:

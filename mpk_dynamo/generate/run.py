@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import Unsupported
-from ..loop import LoopState, Sampling
+from ..loop import LoopState, Progress, Sampling
 from ..settings import Settings
 from .inputs import count, fed_of, room_in_window
 from .launches import LoopForward, Segment, compiled_step, loop_forward, notice
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
-LAUNCH_S = 0.1
-"""Aim for the length of a launch in seconds: what Ctrl-C waits for."""
+LAUNCH_S = 0.05
+"""Aim for the length of a launch in seconds: Ctrl-C waits for those under way."""
 SHORT_LAUNCH_S = 0.025
 """The same when somebody reads along, or decides about stopping after each token."""
+AHEAD = 2
+"""Launches under way at once, so that the device need not wait while the host looks at what the last one did. Steps
+after the end of all sequences are none, so one launch too many does nothing."""
 
 
 class Generation:
@@ -47,6 +51,7 @@ class Generation:
         self.ids = input_ids.new_zeros(batch, max(stopping.max_length, self.prompt + 1))
         self.ids[:, : self.prompt] = input_ids
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        self.copied = 0  # new tokens that `ids` has
         self.over = self.refused = False
         self.cache: Any = None
 
@@ -71,11 +76,12 @@ class Generation:
             seen_ids=penalised_ids(self.processors, prompt, self.vocabulary),
         )
         self.state.choose(logits)
-        self._accept()
+        self._accept(Progress(self.state, 0.0, 0, 1))
         model_kwargs = self.model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
         del outputs, logits
-        pace = Pace(self.settings.loop_steps, self.streamer is not None or self.stopping.host)
         forward = loop_forward(self.model, sampling, self.settings)
+        short = self.streamer is not None or self.stopping.host
+        pace = Pace(self.settings.loop_steps, short, forward.step_s.get(prompt.shape[0], 0.0))
         optimised = getattr(self.model, "_optimize_model_for_decode", contextlib.nullcontext)
         with optimised():
             while not self.over:
@@ -87,29 +93,35 @@ class Generation:
                 model_kwargs = self.model._update_model_kwargs_for_generation(
                     {}, model_kwargs, is_encoder_decoder=False, num_new_tokens=self.length - before
                 )
+        forward.step_s[prompt.shape[0]] = pace.step_s
 
     def _segment(self, forward: LoopForward, pace: "Pace", inputs: dict[str, Any]) -> None:
         """Launches until all is over, or the host has to prepare the inputs anew."""
         room = room_in_window(inputs)
-        segment = Segment(inputs, fed_of(inputs), self.state)
-        first = True
+        segment = Segment(inputs, fed_of(inputs), self.state, reads=self.streamer is not None)
+        last = self.stopping.max_length if room is None else min(self.stopping.max_length, self.length + room)
+        length, first = self.length, True  # the length once all launches under way are done
+        under_way: collections.deque[Progress] = collections.deque()
+        most = 1 if self.stopping.host else AHEAD
+        uncounted = 1  # the model's own code runs once, and counts the first step itself
         while not self.over:
-            most = self.stopping.max_length - self.length
-            steps = min(pace.steps, most if room is None else min(most, room))
-            begin, before = time.perf_counter(), self.length
-            if first:
-                self._first(forward, segment, steps)
-            else:
-                segment.repeat(steps)
-            done = self._accept()
-            pace.took(done, time.perf_counter() - begin)
-            count(inputs, done - 1 if first else done)  # the model's own code ran once, for the first step
-            taken, first = self.length - before, False
-            room = None if room is None else room - done
+            while len(under_way) < most and (first or (segment.repeat is not None and length < last)):
+                steps = min(pace.steps, last - length)
+                if first:
+                    self._first(forward, segment, steps)
+                else:
+                    segment.repeat(segment, steps)
+                under_way.append(segment.progress)
+                first, length = False, length + steps
+            if not under_way:
+                return
+            before, progress = self.length, under_way.popleft()
+            done = self._accept(progress)
+            pace.took(done, progress.begun, progress.ended)
+            count(inputs, done - uncounted)
+            uncounted, taken = 0, self.length - before
             if taken < done:
                 self._take_back(inputs, done - taken)
-                return
-            if segment.repeat is None or room == 0:
                 return
 
     def _first(self, forward: LoopForward, segment: Segment, steps: int) -> None:
@@ -124,28 +136,38 @@ class Generation:
                 notice(f"generate() decodes one step per launch: {why}")
                 self.refused = True
         step = compiled_step(self.model, self.config.compile_config)
+        begun, first = time.perf_counter(), self.state.most
         logits = step(**segment.inputs, return_dict=True).logits
         self.state.choose(logits[:, -1].to(dtype=torch.float32))
+        segment.progress = Progress(self.state, begun, first, 1)
 
     def _known(self) -> torch.Tensor:
+        self._copy(self.length - self.prompt)
         return self.ids[:, : self.length].contiguous()
 
-    def _accept(self) -> int:
-        """Take over the tokens chosen since the last call, up to the one after which the criteria say stop; returns
-        how many were chosen."""
-        chosen, ended = self.state.read()
+    def _copy(self, chosen: int) -> None:
+        """Bring the first `chosen` new tokens to `ids`."""
+        if chosen > self.copied:
+            new = self.state.tokens[:, self.copied : chosen]
+            self.ids[:, self.prompt + self.copied : self.prompt + chosen] = new
+            self.copied = chosen
+
+    def _accept(self, progress: Progress) -> int:
+        """Take over the tokens that a launch chose, up to the one after which the criteria say stop; returns how many
+        it chose."""
+        chosen, ended = progress.wait()
         start = self.length - self.prompt
-        self.ids[:, self.length : self.prompt + chosen] = self.state.tokens[:, start:chosen]
-        new = self.ids[:, self.length : self.prompt + chosen]
         if not self.stopping.host:
-            self.length += new.shape[1]
+            self.length = self.prompt + chosen
             self.over = ended or self.length >= self.stopping.max_length
         else:
-            self._check(new)
+            self._copy(chosen)
+            self._check(self.state.tokens[:, start:chosen])
+            self.copied = self.length - self.prompt
         if self.streamer is not None:
-            for token in self.ids[:, self.prompt + start : self.length].cpu().unbind(1):
+            for token in progress.tokens[:, : self.length - self.prompt - start].unbind(1):
                 self.streamer.put(token)
-        return new.shape[1]
+        return chosen - start
 
     def _check(self, new: torch.Tensor) -> None:
         """Ask the criteria about one new token after the other, as HF's loop does."""
@@ -176,6 +198,7 @@ class Generation:
 
         if self.streamer is not None:
             self.streamer.end()
+        self._copy(self.length - self.prompt)
         ids = self.ids[:, : self.length].clone()
         if not self.config.return_dict_in_generate:
             return ids
@@ -185,15 +208,22 @@ class Generation:
 
 
 class Pace:
-    """How many steps the next launch may have: doubled until a launch takes about as long as it should."""
+    """How many steps the next launch may have: doubled until a launch takes about as long as it should. step_s: seconds
+    of a step, 0 while not known."""
 
-    def __init__(self, fixed: int, short: bool) -> None:
+    def __init__(self, fixed: int, short: bool, step_s: float = 0.0) -> None:
         self._fixed, self._aim = fixed, SHORT_LAUNCH_S if short else LAUNCH_S
-        self.steps = fixed or 1
+        self.step_s, self._ended = step_s, 0.0
+        self.steps = fixed or (max(1, int(self._aim / step_s)) if step_s else 1)
 
-    def took(self, steps: int, seconds: float) -> None:
-        if not self._fixed and steps > 0:
-            self.steps = max(1, min(2 * self.steps, int(self._aim * steps / max(seconds, 1e-9))))
+    def took(self, steps: int, begun: float, ended: float) -> None:
+        """A launch of `steps` steps was made at `begun` and found to be over at `ended`, in seconds; it ran when the
+        one before it was over."""
+        seconds, self._ended = ended - max(begun, self._ended), ended
+        if steps > 0:
+            self.step_s = max(seconds, 1e-9) / steps
+            if not self._fixed:
+                self.steps = max(1, min(2 * self.steps, int(self._aim / self.step_s)))
 
 
 def _pad(config: "GenerationConfig") -> int | None:

@@ -66,20 +66,20 @@ class LoopState:
     """The tensors of one generation, all on one device; made by `create`. A launch reads and writes them in place.
 
     tokens: [B, max_steps] int64, the tokens chosen so far; pad after the end of a sequence. finished: [B] bool.
-    step: [] int64, how many tokens each row of `tokens` holds; also the position in each sequence's stream of random
-    numbers. done: [] int64, 1 when all sequences are finished. The rest is `inputs`.
+    counters: [3] int64: `step`, `done`, and a word in which a launch notes that `done` ended it. The rest is `inputs`.
     """
 
     tokens: torch.Tensor
     finished: torch.Tensor
-    step: torch.Tensor
-    done: torch.Tensor
+    counters: torch.Tensor
     seen: torch.Tensor | None
     sampling: Sampling
     inputs: dict[str, torch.Tensor] = field(repr=False)
     _all_tokens: torch.Tensor = field(repr=False)
     known: tuple[int, bool] | None = None
     """What `read` said last, None when that may have changed."""
+    most: int = 0
+    """What `step` will be at most when the launches under way are done."""
 
     @classmethod
     def create(
@@ -130,12 +130,12 @@ class LoopState:
         state = cls(
             tokens=everything[:, :max_steps],
             finished=torch.zeros(batch, dtype=torch.bool, device=device),
-            step=torch.zeros((), dtype=torch.int64, device=device),
-            done=torch.zeros((), dtype=torch.int64, device=device),
+            counters=torch.zeros(3, dtype=torch.int64, device=device),
             seen=None,
             sampling=sampling,
             inputs=inputs,
             _all_tokens=everything,
+            known=(0, False),
         )
         if "penalty" in sampling.stages:
             state.seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
@@ -155,14 +155,34 @@ class LoopState:
         return found if self.seen is None else {**found, "loop.seen": self.seen}
 
     @property
+    def step(self) -> torch.Tensor:
+        """[] int64: how many tokens each row of `tokens` holds; also the place in each sequence's stream of random
+        numbers."""
+        return self.counters[0]
+
+    @property
+    def done(self) -> torch.Tensor:
+        """[] int64: 1 when all sequences are finished."""
+        return self.counters[1]
+
+    @property
     def max_steps(self) -> int:
         return self.tokens.shape[1]
 
     def read(self) -> tuple[int, bool]:
         """(tokens chosen, whether all sequences are finished), once the device is done with what was launched."""
-        step, done = torch.stack((self.step, self.done)).tolist()
-        self.known = step, bool(done)
+        step, done, _ = self.counters.tolist()
+        self.known, self.most = (step, bool(done)), step
         return self.known
+
+    def launching(self, steps: int) -> None:
+        """Up to `steps` steps are about to be launched. Raises MpkError when `tokens` has no room for them."""
+        if self.most + steps > self.max_steps:
+            raise MpkError(
+                f"{steps} steps after {self.most}, but the state has room for {self.max_steps}",
+                remedy="make the state with more max_steps",
+            )
+        self.known, self.most = None, self.most + steps
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """[B, V] fp32: the logits after the repetition penalty and the temperature."""
@@ -178,7 +198,6 @@ class LoopState:
 
         For the token after the prefill. Returns [B] int64. Raises MpkError when `tokens` is full."""
         step, _ = self.known or self.read()
-        self.known = None
         if step >= self.max_steps:
             raise MpkError(f"all {self.max_steps} steps of this generation are used")
         stages, numbers = self.sampling.stages, self.inputs["loop.numbers"]
@@ -194,8 +213,7 @@ class LoopState:
         self.finished |= (token[:, None] == self.inputs["loop.eos"]).any(1)
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
-        self.step += 1
-        self.done.fill_(self.finished.all())
+        self._moved(step + 1)
         return token
 
     def rewind(self, step: int, finished: torch.Tensor | None = None, seen_ids: torch.Tensor | None = None) -> None:
@@ -204,15 +222,19 @@ class LoopState:
         now, _ = self.read()
         if not 0 <= step <= now:
             raise ValueError(f"cannot go back to step {step} of {now}")
-        self.known = None
         if finished is None:
             finished = (self.tokens[:, :step, None] == self.inputs["loop.eos"]).any(2).any(1)
-        self.step.fill_(step)
         self.finished.copy_(finished)
-        self.done.fill_(self.finished.all())
+        self._moved(step)
         if self.seen is not None:
             self.seen.zero_()
             self._mark(seen_ids)
+
+    def _moved(self, step: int) -> None:
+        """The host has brought the state to `step`."""
+        self.counters[0] = step
+        self.counters[1:] = self.finished.all()
+        self.known, self.most = None, step
 
     def _mark(self, ids: torch.Tensor | None) -> None:
         if ids is None or not ids.numel():

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import mpk_dynamo
 from mpk_dynamo import pipeline
 from mpk_dynamo.generate.hf import compile_config
-from mpk_dynamo.generate.run import Pace
+from mpk_dynamo.generate.run import LAUNCH_S, Pace
 from mpk_dynamo.loop import LoopState
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_model" / "model"
@@ -38,18 +38,13 @@ class Steps:
         from mpk_dynamo.generate import launches
 
         self.seen: list[int] = []
-        again, start = launches._again, launches.LoopForward.start
+        launch = launches._launch
 
-        def repeat(loop: Any, args: Any, state: LoopState, steps: int) -> None:
+        def seen(loop: Any, args: Any, segment: Any, steps: int) -> None:
             self.seen.append(steps)
-            again(loop, args, state, steps)
+            launch(loop, args, segment, steps)
 
-        def first(this: Any, segment: Any, steps: int) -> None:
-            self.seen.append(steps)
-            start(this, segment, steps)
-
-        monkeypatch.setattr(launches, "_again", repeat)
-        monkeypatch.setattr(launches.LoopForward, "start", first)
+        monkeypatch.setattr(launches, "_launch", seen)
 
 
 @pytest.fixture
@@ -353,14 +348,31 @@ def test_custom_generate_for_one_call(launched: list[int]):
 
 
 def test_launches_grow_until_they_take_long_enough():
-    pace = Pace(0, short=False)
-    taken = []
+    pace, now, taken = Pace(0, short=False), 7.0, []
     for _ in range(12):
         taken.append(pace.steps)
-        pace.took(pace.steps, pace.steps * 0.001)
-    assert taken[:4] == [1, 2, 4, 8] and taken[-1] == 100
-    pace.took(100, 10.0)
+        # launched while the one before it was running: only the time after that one's end counts
+        begun, now = now - 0.5, now + pace.steps * 0.001
+        pace.took(pace.steps, begun, now)
+    assert taken[:4] == [1, 2, 4, 8] and taken[-1] == LAUNCH_S * 1000
+    assert Pace(0, False, pace.step_s).steps == LAUNCH_S * 1000, "a later generation starts with what one learned"
+    pace.took(100, now, now + 10.0)
     assert pace.steps == 1
     fixed = Pace(5, short=True)
-    fixed.took(5, 99.0)
+    fixed.took(5, 0.0, 99.0)
     assert fixed.steps == 5
+
+
+@pytest.mark.slow
+def test_a_launch_ahead_of_the_end_runs_no_step(launched: list[int]):
+    """The host launches the next steps before it knows of the end, which leaves no trace in the cache."""
+    torch._dynamo.reset()
+    model, given = make(), prompts(1)
+    free = one_step(model).generate(**given, **GREEDY, max_new_tokens=12).sequences[0, 6:].tolist()
+    eos = free[5]
+    new = free[: free.index(eos) + 1]
+    mpk_dynamo.enable(model, fallback="error", loop_steps=len(new))
+    cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+    out = model.generate(**given, **GREEDY, max_new_tokens=30, eos_token_id=eos, past_key_values=cache)
+    assert out.sequences[0, 6:].tolist() == new
+    assert launched == [len(new)] * 2 and set(lengths(cache)) == {6 + len(new) - 1}

@@ -255,10 +255,20 @@ MPK_DEVICE void await_events(SharedState<C>& s, const u32* control, u32 turn) {
   }
 }
 
+// Whether a step of this launch or of one before it was the last. Written when all workers have ended that step, so that
+// all workers of a launch find the same at its start, however late one of them comes.
+constexpr u32 kOver = 2;  // words behind `done`
+template <class L>
+MPK_DEVICE bool over(const L& launch) {
+  const u32* done = reinterpret_cast<const u32*>(launch.fixed.done);
+  return done && ptx::load_relaxed(done + kOver);
+}
+
 // Wait until every worker is done with the step before, and tell the consumers. Waits inside a step have the same bound
 // and know better what is missing: this one gives them a second term.
-template <class C>
-MPK_DEVICE void begin_step(SharedState<C>& s, const u32* control, u32 turn, u32 epoch) {
+template <class C, class L>
+MPK_DEVICE void begin_step(const L& launch, SharedState<C>& s, u32 turn, u32 epoch) {
+  const u32* control = reinterpret_cast<const u32*>(launch.fixed.control);
   Patience patience;
   bool expired, again = false;
   u32 seen;
@@ -275,7 +285,7 @@ MPK_DEVICE void begin_step(SharedState<C>& s, const u32* control, u32 turn, u32 
   report_pending(s.health);
   s.health.epoch = epoch;
   s.step = s.step + 1;
-  s.health.ended = s.health.aborted || ptx::load_relaxed(control + CONTROL_LAST) == epoch;
+  s.health.ended = s.health.aborted || over(launch);
   ptx::mbarrier_arrive(&s.begun);
 }
 
@@ -286,7 +296,7 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
   __syncwarp();  // every lane has read the epoch before the first lane advances it
   if (!count) {
     for (u32 step = 1; step < steps && !s.health.ended; ++step) {
-      if (lane == 0) begin_step(s, control, 0, start + step);
+      if (lane == 0) begin_step(launch, s, 0, start + step);
       __syncwarp();
     }
     return;
@@ -305,7 +315,7 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
       if (++place >= count) place = 0;
       after = fetch_words(launch, queue.task + place);
       if (lane == 0) {
-        if (step && i == 0) begin_step(s, control, turn, start + step);
+        if (step && i == 0) begin_step(launch, s, turn, start + step);
         if (!s.health.ended) await_events(s, control, turn);
       }
       __syncwarp();
@@ -328,8 +338,8 @@ template <class L>
 MPK_DEVICE void end_step(const L& launch, u32 epoch) {
   u32* control = reinterpret_cast<u32*>(launch.fixed.control);
   if (ptx::atomic_add_acq_rel(control + CONTROL_DONE, 1) + 1 != (epoch + 1) * gridDim.x) return;
-  const u32* done = reinterpret_cast<const u32*>(launch.fixed.done);
-  if (done && ptx::load_relaxed(done)) ptx::store_relaxed(control + CONTROL_LAST, epoch + 1);
+  u32* done = reinterpret_cast<u32*>(launch.fixed.done);
+  if (done && ptx::load_relaxed(done)) ptx::store_relaxed(done + kOver, 1);
   ptx::store_release(control + CONTROL_EPOCH, epoch + 1);
 }
 
@@ -382,11 +392,13 @@ template <class C, class P, class L>
 MPK_DEVICE void megakernel(const L& launch) {
   SharedState<C>& s = shared_state<C>();
   u32* control_block = reinterpret_cast<u32*>(launch.fixed.control);
+  int none = 0;  // launched before the host knew that there is no further step
   if (threadIdx.x == 0) {
     s.ring.init();
     for (Ready& ready : s.ready) ready.init();
     ptx::mbarrier_init(&s.begun, 1);
     s.health.aborted = 0;
+    none = over(launch);
     s.health.ended = 0;
     s.step = 0;
     s.health.pending = 0;
@@ -404,7 +416,7 @@ MPK_DEVICE void megakernel(const L& launch) {
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if (__syncthreads_or(none)) return;
   const Queue queue = table<Queue>(launch, TABLE_QUEUES)[blockIdx.x];
   const u32 warp = threadIdx.x / 32;
   if (warp == kLoaderWarp) loader(launch, s, queue);
