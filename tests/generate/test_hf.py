@@ -354,8 +354,8 @@ def test_launches_grow_until_they_take_long_enough():
         # launched while the one before it was running: only the time after that one's end counts
         begun, now = now - 0.5, now + pace.steps * 0.001
         pace.took(pace.steps, begun, now)
-    assert taken[:4] == [1, 2, 4, 8] and taken[-1] == LAUNCH_S * 1000
-    assert Pace(0, False, pace.step_s).steps == LAUNCH_S * 1000, "a later generation starts with what one learned"
+    assert taken[:4] == [1, 2, 4, 8] and abs(taken[-1] - LAUNCH_S * 1000) <= 1
+    assert Pace(0, False, pace.step_s).steps == taken[-1], "a later generation starts with what one learned"
     pace.took(100, now, now + 10.0)
     assert pace.steps == 1
     fixed = Pace(5, short=True)
