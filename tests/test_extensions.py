@@ -38,27 +38,32 @@ def example():
     """The example's module. Its operator is registered while the tests of this file run, not for others."""
     sys.path.insert(0, EXAMPLES)
     try:
-        from add_an_op import argmax
+        from add_an_op import margin
 
-        OPERATORS.setdefault(argmax.Argmax, argmax.ArgmaxOperator())
-        yield argmax
-        del OPERATORS[argmax.Argmax]
+        OPERATORS.setdefault(margin.Margin, margin.MarginOperator())
+        yield margin
+        del OPERATORS[margin.Margin]
     finally:
         sys.path.remove(EXAMPLES)
 
 
 def graph_of(example, rows=1, nodes=1, columns=40):
-    """x doubled into scratch memory, then an argmax of it; `nodes` times."""
+    """x doubled into scratch memory, then the margin of it; `nodes` times."""
     s, made = Sample(), []
 
     i, j = var("i0", rows), var("i1", columns)
     for n in range(nodes):
-        x, out = s.input(f"x{n}", DType.F32, rows, columns), s.output(f"out{n}", DType.I64, rows)
+        x, out = s.input(f"x{n}", DType.F32, rows, columns), s.output(f"out{n}", DType.F32, rows)
         mid = s.add(BufferKind.SCRATCH, f"mid{n}", DType.F32, rows, columns)
         made.append(RowMap(f"double{n}", (i, j), op("add", s.at(x, i, j), s.at(x, i, j)), mid, (i, j)))
-        made.append(example.Argmax(f"argmax{n}", mid, out, origin="a.place"))
+        made.append(example.Margin(f"margin{n}", mid, out, origin="a.place"))
     outputs = tuple(Output(f"out{n}") for n in range(nodes))
     return Graph(tuple(made), s.buffers, outputs, ("test",))
+
+
+def margin_of(x):
+    best, second = x.topk(2).values.unbind(1)
+    return best - second
 
 
 def lower(graph, workers=4):
@@ -74,12 +79,12 @@ def lower(graph, workers=4):
 
 
 def test_registering_takes_new_extension_nodes_only(example):
-    operator = example.ArgmaxOperator()
+    operator = example.MarginOperator()
     for node_type in (int, Linear):
         with pytest.raises(TypeError, match="ExtensionNode"):
             register(node_type, operator)
-    with pytest.raises(ValueError, match="Argmax already has the operator 'argmax'"):
-        register(example.Argmax, operator)
+    with pytest.raises(ValueError, match="Margin already has the operator 'margin'"):
+        register(example.Margin, operator)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -87,35 +92,35 @@ def test_runs_behind_other_nodes(example, rows):
     graph = graph_of(example, rows)
     tensors = sample_tensors(graph.nodes[0], graph)
     got = Executor(lower(graph), order="random", poison=True)(tensors)["out0"]
-    assert torch.equal(got, tensors["x0"].argmax(dim=1))
-    assert "argmax0 = argmax(mid0) -> out0  # a.place" in print_graph(graph)
+    assert torch.equal(got, margin_of(2 * tensors["x0"]))
+    assert "margin0 = margin(mid0) -> out0  # a.place" in print_graph(graph)
 
 
 def test_graph_passes_fuse_around_an_extension(example):
-    """A view before the doubling is folded into it; the doubling, which argmax reads, is not."""
+    """A view before the doubling is folded into it; the doubling, which margin reads, is not."""
     graph = graph_of(example)
-    double, argmax = graph.nodes
+    double, margin = graph.nodes
     i, j = double.dims
     s = Sample()
     s.buffers.update(graph.buffers)
     copy = s.add(BufferKind.SCRATCH, "copy", DType.F32, 1, 40)
     view = RowMap("view", (i, j), s.at("x0", i, op("sub", index(39), j)), copy, (i, j))
     double = replace(double, body=op("add", s.at(copy, i, j), s.at(copy, i, j)))
-    graph = Graph((view, double, argmax), s.buffers, graph.outputs, ("test",))
+    graph = Graph((view, double, margin), s.buffers, graph.outputs, ("test",))
     made = lower(graph)
-    assert [n.name for n in made.tasks.graph.nodes] == ["double0", "argmax0"]
+    assert [n.name for n in made.tasks.graph.nodes] == ["double0", "margin0"]
     tensors = sample_tensors(view, graph)
     got = Executor(made, poison=True)(tensors)["out0"]
-    assert torch.equal(got, tensors["x0"].flip(1).argmax(dim=1))
+    assert torch.equal(got, margin_of(2 * tensors["x0"]))
 
 
 def test_nodes_of_one_structure_share_a_body_and_the_source_stands_once(example):
     target = known("sm_90a")
     one, two = (generate(lower(graph_of(example, nodes=n)), target) for n in (1, 2))
     verify_program(two, target)
-    assert one.source.count("MPK_DEVICE void argmax(") == 1 and one.kinds == two.kinds
+    assert one.source.count("MPK_DEVICE void margin(") == 1 and one.kinds == two.kinds
     other = generate(lower(graph_of(example, columns=41)), target)
-    assert other.source != one.source and other.source.count("MPK_DEVICE void argmax(") == 1
+    assert other.source != one.source and other.source.count("MPK_DEVICE void margin(") == 1
 
 
 def test_what_an_extension_reads_is_not_flagged(example, monkeypatch):
@@ -123,47 +128,47 @@ def test_what_an_extension_reads_is_not_flagged(example, monkeypatch):
     assert flaggable(tasks) == frozenset()
     without = replace(tasks, graph=replace(tasks.graph, nodes=(tasks.graph.nodes[0],) * 2))
     assert flaggable(without) == {"mid0"}  # it is the extension that forbids it
-    with pytest.raises(VerificationError, match=r"T12: .*argmax.* uses flagged mid0; its operator is an extension"):
+    with pytest.raises(VerificationError, match=r"T12: .*margin.* uses flagged mid0; its operator is an extension"):
         verify_tasks(derive_events(replace(tasks, flagged=frozenset({"mid0"}))))
 
 
 def test_an_operator_without_a_body_runs_on_the_reference_executor_only(example, monkeypatch):
-    monkeypatch.delattr(example.ArgmaxOperator, "device_forms")
-    with pytest.raises(Unsupported, match="'argmax' has no device form at a.place"):
+    monkeypatch.delattr(example.MarginOperator, "device_forms")
+    with pytest.raises(Unsupported, match="'margin' has no device form at a.place"):
         generate(lower(graph_of(example)), known("sm_90a"))
 
 
 def test_a_tile_must_fit_a_task(example, monkeypatch):
-    cut = example.ArgmaxOperator.tile
+    cut = example.MarginOperator.tile
 
     def wide(self, node, graph, workers):
         tiling = cut(self, node, graph, workers)
         return replace(tiling, tasks=tuple(replace(t, tile=(*t.tile, *range(6))) for t in tiling.tasks))
 
-    monkeypatch.setattr(example.ArgmaxOperator, "tile", wide)
-    with pytest.raises(Unsupported, match="argmax0: a tile of 7 numbers; a task carries 6"):
+    monkeypatch.setattr(example.MarginOperator, "tile", wide)
+    with pytest.raises(Unsupported, match="margin0: a tile of 7 numbers; a task carries 6"):
         generate(lower(graph_of(example)), known("sm_90a"))
 
 
 def test_a_tiling_that_forgets_an_access_is_found(example, monkeypatch):
-    cut = example.ArgmaxOperator.tile
-    for field, said in (("reads", r"T10: no task of argmax0 reads \['mid0'\]"), ("writes", "T10: .*unwritten")):
+    cut = example.MarginOperator.tile
+    for field, said in (("reads", r"T10: no task of margin0 reads \['mid0'\]"), ("writes", "T10: .*unwritten")):
 
         def forgetful(self, node, graph, workers, field=field):
             tiling = cut(self, node, graph, workers)
             return replace(tiling, tasks=tuple(replace(t, **{field: ()}) for t in tiling.tasks))
 
         with monkeypatch.context() as m, pytest.raises(VerificationError, match=said):
-            m.setattr(example.ArgmaxOperator, "tile", forgetful)
+            m.setattr(example.MarginOperator, "tile", forgetful)
             verify_tasks(derive_events(tile(graph_of(example), 4)))
 
 
 def test_definitions_are_checked(example):
     graph = graph_of(example)
     for nodes, said in (
-        (graph.nodes[::-1], "G1: argmax0 reads mid0, which no earlier node writes"),
-        ((graph.nodes[0], replace(graph.nodes[1], x="nowhere")), "G1: argmax0 uses 'nowhere', which is no buffer"),
-        ((*graph.nodes, replace(graph.nodes[1], name="again")), "G1: argmax0 and again both write out0"),
+        (graph.nodes[::-1], "G1: margin0 reads mid0, which no earlier node writes"),
+        ((graph.nodes[0], replace(graph.nodes[1], x="nowhere")), "G1: margin0 uses 'nowhere', which is no buffer"),
+        ((*graph.nodes, replace(graph.nodes[1], name="again")), "G1: margin0 and again both write out0"),
     ):
         with pytest.raises(VerificationError, match=said):
             verify_graph(replace(graph, nodes=nodes))
