@@ -12,21 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import Unsupported
 from ..ir.graph import ExtensionNode, Graph, Node
 from ..ir.region import Access
 from ..ir.types import Buffer, BufferKind, DType, buffer
 from .draw import sort_keys
+from .rows import LAST, check_rows, here, parts_of_row, row_traits
 from .sampling import Sample
 from .spec import DeviceForm, Memory, TileSpec, Tiling
 
-VALUES = {DType.BF16: "bf16", DType.F16: "f16", DType.F32: "float"}
-"""Types of the input, and what they are called in device code."""
-
 MIN_COLUMNS = 1024
 """Columns of a part, at least."""
-
-_LAST = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -48,12 +43,6 @@ class Argmax(ExtensionNode):
         return (self.out,)
 
 
-def check_rows(node: ExtensionNode, x: Buffer, out: Buffer) -> None:
-    """Raises ValueError when x is no matrix, or out not one i64 per row of it."""
-    if len(x.shape) != 2 or not 0 < x.shape[1] <= _LAST or out.shape != x.shape[:1] or out.dtype is not DType.I64:
-        raise ValueError(f"{node.name}: from {list(x.shape)} to {out.dtype.value} {list(out.shape)}")
-
-
 class ArgmaxOperator:
     """See ops/spec.py for the contract."""
 
@@ -64,20 +53,17 @@ class ArgmaxOperator:
         x, out = graph.buffers[node.x], graph.buffers[node.out]
         check_rows(node, x, out)
         rows, columns = x.shape
-        parts = max(1, min(workers // max(rows, 1), columns // MIN_COLUMNS))
-        cuts = [columns * i // parts for i in range(parts + 1)]
+        ranges = parts_of_row(rows, columns, MIN_COLUMNS, workers)
+        parts = len(ranges)
         best = buffer(f"{node.name}.best", DType.I64, (rows, parts), BufferKind.SCRATCH, origin=node.origin)
         tasks = []
         for row in range(rows):
-            for part, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
-                read, written = (
-                    Access(node.x, ((row, row + 1), (a, b))),
-                    Access(best.name, ((row, row + 1), (part, part + 1))),
-                )
+            for part, (a, b) in enumerate(ranges):
+                read, written = Access(node.x, here(row, a, b)), Access(best.name, here(row, part, part + 1))
                 moved = (b - a) * x.dtype.itemsize + 8
                 tasks.append(TileSpec("argmax_part", (row, a, b, part), (read,), (written,), moved, b - a))
         for row in range(rows):
-            read, written = Access(best.name, ((row, row + 1), (0, parts))), Access(node.out, ((row, row + 1),))
+            read, written = Access(best.name, here(row, 0, parts)), Access(node.out, ((row, row + 1),))
             tasks.append(TileSpec("argmax", (row, parts), (read,), (written,), 8 * parts + 8, parts))
         return Tiling(tuple(tasks), (best,))
 
@@ -92,7 +78,7 @@ class ArgmaxOperator:
             row, _ = tile
 
             def combine(memory: Memory) -> None:
-                memory[node.out][row] = _LAST - (memory[f"{node.name}.best"][row].max() & _LAST)
+                memory[node.out][row] = LAST - (memory[f"{node.name}.best"][row].max() & LAST)
 
             return combine
         row, start, stop, part = tile
@@ -101,7 +87,7 @@ class ArgmaxOperator:
             x = memory[node.x][row, start:stop]
             keys = torch.where(x.isnan(), (1 << 32) - 1, sort_keys(x))
             columns = torch.arange(start, stop, device=x.device)
-            memory[f"{node.name}.best"][row, part] = ((keys << 31) | (_LAST - columns)).max()
+            memory[f"{node.name}.best"][row, part] = ((keys << 31) | (LAST - columns)).max()
 
         return task
 
@@ -134,17 +120,6 @@ class ArgmaxOperator:
         """Types, one row and several, fewer columns than threads, many equal values, a transposed input."""
         sizes = ((DType.BF16, 1, 5000), (DType.F16, 3, 2570), (DType.F32, 16, 7), (DType.BF16, 2, 1))
         return [_sample(*size) for size in sizes] + [_sample(DType.F32, 4, 3000, transposed=True)]
-
-
-def row_traits(node: ExtensionNode, x: Buffer, out: Buffer) -> str:
-    """C++ members that say how a row of x lies in memory. Raises Unsupported for types without a device form."""
-    if x.dtype not in VALUES or out.strides != (1,):
-        raise Unsupported(f"{node.name} of {x.dtype.value} {list(x.shape)}", origin=node.origin)
-    row, column = x.strides
-    return (
-        f"using Value = {VALUES[x.dtype]}; static constexpr int COLUMNS = {x.shape[1]};"
-        f" static constexpr long long ROW_STRIDE = {row}, COLUMN_STRIDE = {column};"
-    )
 
 
 def _sample(dtype: DType, rows: int, columns: int, *, transposed: bool = False) -> tuple[Node, Graph]:

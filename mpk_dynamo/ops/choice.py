@@ -16,8 +16,8 @@ from ..errors import Unsupported
 from ..ir.graph import ExtensionNode, Graph, Node
 from ..ir.region import Access
 from ..ir.types import Buffer, BufferKind, DType, buffer
-from .argmax import check_rows, row_traits
 from .draw import GROUP, draw
+from .rows import check_rows, here, parts_of_row, row_traits
 from .sampling import Sample
 from .spec import DeviceForm, Memory, TileSpec, Tiling
 
@@ -72,29 +72,26 @@ class ChoiceOperator:
         check_rows(node, x, out)
         rows, columns = x.shape
         groups = -(-columns // GROUP)
-        parts = max(1, min(workers // max(rows, 1), groups // MIN_GROUPS))
-        cuts = [groups * i // parts for i in range(parts + 1)]
         largest = buffer(f"{node.name}.largest", DType.F32, (rows, groups), BufferKind.SCRATCH, origin=node.origin)
         tasks = []
         for row in range(rows):
-            here = (row, row + 1)
-            for a, b in zip(cuts, cuts[1:], strict=False):
+            for a, b in parts_of_row(rows, groups, MIN_GROUPS, workers):
                 start, stop = a * GROUP, min(columns, b * GROUP)
-                read, written = Access(node.x, (here, (start, stop))), Access(largest.name, (here, (a, b)))
+                read, written = Access(node.x, here(row, start, stop)), Access(largest.name, here(row, a, b))
                 moved = (stop - start) * x.dtype.itemsize + 4 * (b - a)
                 tasks.append(TileSpec("choice_part", (row, a, b), (read,), (written,), moved, stop - start))
         for row in range(rows):
-            here = (row, row + 1)
+            one = ((row, row + 1),)
             reads = (
-                Access(node.x, (here, (0, columns))),
-                Access(largest.name, (here, (0, groups))),
+                Access(node.x, here(row, 0, columns)),
+                Access(largest.name, here(row, 0, groups)),
                 Access(node.numbers, ((0, 5),)),
                 Access(node.key, ((0, 1),)),
                 Access(node.step, ()),
-                Access(node.sequences, (here,)),
+                Access(node.sequences, one),
             )
             moved = columns * x.dtype.itemsize + 4 * groups
-            tasks.append(TileSpec("choice", (row,), reads, (Access(node.out, (here,)),), moved, 16 * columns))
+            tasks.append(TileSpec("choice", (row,), reads, (Access(node.out, one),), moved, 16 * columns))
         return Tiling(tuple(tasks), (largest,))
 
     def context(self, node: Choice, graph: Graph, workers: int) -> None:

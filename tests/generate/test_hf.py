@@ -26,7 +26,6 @@ import mpk_dynamo
 from mpk_dynamo import pipeline
 from mpk_dynamo.generate.hf import compile_config
 from mpk_dynamo.generate.run import LAUNCH_S, Pace
-from mpk_dynamo.loop import LoopState
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_model" / "model"
 
