@@ -2,8 +2,8 @@
 
 The operator is `Margin` (add_an_op/margin.py, add_an_op/margin.cuh): by how much the best logit is ahead of the second,
 which says how sure a model is of its next token. It follows an output head here, so that head and margin are one kernel
-and the logits stay inside. The graph is written by hand; it is fused, tiled, scheduled and verified like any other, run by the reference executor, and compiled for a GPU, which
-needs none. With a GPU of that kind the kernel runs too.
+and the logits stay inside. The graph is written by hand; it is fused, tiled, scheduled and verified like any other, run
+by the reference executor, and compiled for a GPU, which needs none. With a GPU of that kind the kernel runs too.
 
     python examples/add_an_op.py [--target sm_90a] [--tokens 4]
 """

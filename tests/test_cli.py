@@ -123,7 +123,7 @@ def test_generate_answers_and_reports_its_speed(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch):
+def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """The measurement itself, without a GPU: what it measures there means nothing."""
     from argparse import Namespace
 
@@ -135,8 +135,10 @@ def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch):
     model.generation_config.eos_token_id = None
     arguments = Namespace(batch=1, prompt=8, new=32, repeats=1, sample=False)
     before = model.generation_config.to_dict()
-    results = {n: end_to_end._one(n, model, arguments, 48, None) for n in ("mpk", "eager")}
-    assert all(r.compile_s > 0 and r.token_ms > 0 and r.first_ms > 0 for r in results.values())
+    results = {n: end_to_end._one(n, model, arguments, 48, None, end_to_end._Clock()) for n in ("mpk", "eager")}
+    said = capsys.readouterr().err
+    assert "mpk: compile" in said and "compiled in" in said and "verify" in said and "eager: up to 1 x" in said
+    assert all(r.repeats == 1 and r.compile_s > 0 and r.token_ms > 0 and r.first_ms > 0 for r in results.values())
     assert model.generation_config.to_dict() == before
     arguments = Namespace(model=TINY, batch=1, prompt=8, new=32, sample=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")

@@ -23,7 +23,8 @@ VALUES = {DType.BF16: "bf16", DType.F16: "f16", DType.F32: "float"}
 
 @dataclass(frozen=True)
 class Margin(ExtensionNode):
-    """out[t] = the largest element of x[t, :] less the second largest, in fp32: 0 where two are equal, NaN where one is.
+    """out[t] = the largest element of x[t, :] less the second largest, in fp32: 0 where these are equal, NaN where an
+    element is.
 
     x: [T, N], N > 1, bf16, f16 or f32. out: [T], f32.
     """

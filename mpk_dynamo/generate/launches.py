@@ -18,7 +18,8 @@ from torch._dynamo.exc import Unsupported as DynamoUnsupported
 
 from .. import pipeline
 from ..errors import MpkError, Unsupported
-from ..loop import Loop, LoopState, Progress, Sampling
+from ..loop import Launched, Loop, LoopState, Sampling
+from ..progress import progress
 from ..report import Report, record
 from ..settings import Settings
 from ..specialize import free_numbers, has_symbols, returned_numbers, size_key
@@ -43,7 +44,7 @@ class Segment:
 
     inputs: what the model's forward takes for the first of them; the tensors of `fed` among them are advanced by each
     launch. reads: whether the host wants to read the tokens of each launch. repeat: launches again, and is None until
-    the first launch, or when the graph is for one step only. progress: of the last launch.
+    the first launch, or when the graph is for one step only. launched: the last one.
     """
 
     inputs: dict[str, Any]
@@ -52,7 +53,7 @@ class Segment:
     reads: bool = False
     steps: int = 0
     repeat: "Callable[[Segment, int], None] | None" = None
-    progress: Progress | None = None
+    launched: Launched | None = None
 
 
 class LoopForward:
@@ -115,7 +116,8 @@ class LoopForward:
         report = record(Report(fx_nodes=sum(n.op not in ("placeholder", "output", "get_attr") for n in gm.graph.nodes)))
         fed = self._local.segment.fed
         try:
-            loop = pipeline.compile_loop(gm, inputs, fed, self._sampling, self._settings, report)
+            with progress(report, self._settings.progress):
+                loop = pipeline.compile_loop(gm, inputs, fed, self._sampling, self._settings, report)
         except Unsupported as error:
             why = error
         except exceptions_allowed_to_be_fallback as error:
@@ -133,7 +135,7 @@ class LoopForward:
 def _launch(loop: Loop | Unsupported, args: tuple[Any, ...], segment: Segment, steps: int) -> None:
     if isinstance(loop, Unsupported):
         raise loop
-    segment.progress = loop.start(args, segment.state, steps, tokens=segment.reads)
+    segment.launched = loop.start(args, segment.state, steps, tokens=segment.reads)
 
 
 def _outputs(gm: torch.fx.GraphModule) -> Sequence[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import Unsupported
-from ..loop import LoopState, Progress, Sampling
+from ..loop import Launched, LoopState, Sampling
 from ..settings import Settings
 from .inputs import count, fed_of, room_in_window
 from .launches import LoopForward, Segment, compiled_step, loop_forward, notice
@@ -76,7 +76,7 @@ class Generation:
             seen_ids=penalised_ids(self.processors, prompt, self.vocabulary),
         )
         self.state.choose(logits)
-        self._accept(Progress(self.state, 0.0, 0, 1))
+        self._accept(Launched(self.state, 0.0, 0, 1))
         model_kwargs = self.model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
         del outputs, logits
         forward = loop_forward(self.model, sampling, self.settings)
@@ -101,7 +101,7 @@ class Generation:
         segment = Segment(inputs, fed_of(inputs), self.state, reads=self.streamer is not None)
         last = self.stopping.max_length if room is None else min(self.stopping.max_length, self.length + room)
         length, first = self.length, True  # the length once all launches under way are done
-        under_way: collections.deque[Progress] = collections.deque()
+        under_way: collections.deque[Launched] = collections.deque()
         most = 1 if self.stopping.host else AHEAD
         uncounted = 1  # the model's own code runs once, and counts the first step itself
         while not self.over:
@@ -111,13 +111,13 @@ class Generation:
                     self._first(forward, segment, steps)
                 else:
                     segment.repeat(segment, steps)
-                under_way.append(segment.progress)
+                under_way.append(segment.launched)
                 first, length = False, length + steps
             if not under_way:
                 return
-            before, progress = self.length, under_way.popleft()
-            done = self._accept(progress)
-            pace.took(done, progress.begun, progress.ended)
+            before, launched = self.length, under_way.popleft()
+            done = self._accept(launched)
+            pace.took(done, launched.begun, launched.ended)
             count(inputs, done - uncounted)
             uncounted, taken = 0, self.length - before
             if taken < done:
@@ -139,7 +139,7 @@ class Generation:
         begun, first = time.perf_counter(), self.state.most
         logits = step(**segment.inputs, return_dict=True).logits
         self.state.choose(logits[:, -1].to(dtype=torch.float32))
-        segment.progress = Progress(self.state, begun, first, 1)
+        segment.launched = Launched(self.state, begun, first, 1)
 
     def _known(self) -> torch.Tensor:
         self._copy(self.length - self.prompt)
@@ -152,10 +152,10 @@ class Generation:
             self.ids[:, self.prompt + self.copied : self.prompt + chosen] = new
             self.copied = chosen
 
-    def _accept(self, progress: Progress) -> int:
+    def _accept(self, launched: Launched) -> int:
         """Take over the tokens that a launch chose, up to the one after which the criteria say stop; returns how many
         it chose."""
-        chosen, ended = progress.wait()
+        chosen, ended = launched.wait()
         start = self.length - self.prompt
         if not self.stopping.host:
             self.length = self.prompt + chosen
@@ -165,7 +165,7 @@ class Generation:
             self._check(self.state.tokens[:, start:chosen])
             self.copied = self.length - self.prompt
         if self.streamer is not None:
-            for token in progress.tokens[:, : self.length - self.prompt - start].unbind(1):
+            for token in launched.tokens[:, : self.length - self.prompt - start].unbind(1):
                 self.streamer.put(token)
         return chosen - start
 

@@ -15,7 +15,7 @@ Run = Callable[[tuple[Any, ...], int, torch.Tensor], None]
 """(arguments, steps, done): run up to `steps` steps, none after one that set `done`, be it of an earlier call."""
 
 
-class Progress:
+class Launched:
     """What a generation has come to by a launch, for a host that goes on ahead of the device: made right after the
     launch, and `wait` waits for that launch alone, whatever was launched later.
 
@@ -80,7 +80,7 @@ class Loop:
         self._check()
         return after - before
 
-    def start(self, args: Sequence[Any], state: LoopState, steps: int, *, tokens: bool = False) -> Progress:
+    def start(self, args: Sequence[Any], state: LoopState, steps: int, *, tokens: bool = False) -> Launched:
         """Launch up to `steps` steps behind what is under way; none run once all sequences are finished. tokens:
         whether the host wants to read theirs from the result."""
         if state.finished.shape[0] != self._batch or state.sampling.stages != self._stages:
@@ -92,7 +92,7 @@ class Loop:
         begun, first, held = time.perf_counter(), state.most, state.storages
         state.launching(steps)
         self._run((*args, *(held[name] for name in self._storages)), steps, state.done)
-        return Progress(state, begun, first, steps if tokens else 0, self._check)
+        return Launched(state, begun, first, steps if tokens else 0, self._check)
 
 
 def host_loop(step: Callable[..., Any]) -> Run:

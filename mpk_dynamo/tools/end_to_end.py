@@ -17,6 +17,7 @@ import torch
 
 from ..errors import OptionError
 from ..opt_in import disable, enable
+from ..report import reports
 from .decoder import Decoder
 from .energy import EnergyMeter
 from .models import load
@@ -28,19 +29,22 @@ if TYPE_CHECKING:
 ALTERNATIVES = ("eager", "inductor", "mpk")
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 ENERGY_S = 20.0
+PATIENCE_S = 15.0
+"""Seconds after which an alternative is repeated no more, if it was three times."""
 
 
 @dataclass(frozen=True)
 class EndToEnd:
     """token_ms: slope of generate()'s time over the number of new tokens, so that prefill and set-up are not in it;
     each step makes one token of every sequence. first_ms: time of a call for one new token. spread_ms: slopes of the
-    fastest and slowest repeats. joules: energy per step, when asked for."""
+    fastest and slowest of `repeats` repeats. joules: energy per step, when asked for."""
 
     name: str
     token_ms: float
     spread_ms: tuple[float, float]
     first_ms: float
     compile_s: float
+    repeats: int
     joules: float | None = None
     watts: float | None = None
 
@@ -48,20 +52,25 @@ class EndToEnd:
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 0."""
     _check(arguments)
+    say = _Clock()
     energy = EnergyMeter(arguments.device) if arguments.energy else None
     if energy is not None and energy.missing:
-        _say(f"no energy figures: {energy.missing}")
+        say(f"no energy figures: {energy.missing}")
         energy = None
+    say(f"{arguments.model}: load")
     model = load(arguments.model, device=arguments.device, layers=arguments.layers)
     model.generation_config.eos_token_id = None  # random weights end anywhere; every run makes all tokens
     model.generation_config.pad_token_id = 0
     capacity = arguments.max_cache or arguments.prompt + arguments.new
-    _say(f"{arguments.model}: compile and time one step's kernel alone")
-    kernel_ms = _kernel_ms(model, arguments, capacity)
+    kernel_ms = None
+    if not arguments.no_kernel:
+        say("compile and time one step's kernel alone")
+        kernel_ms = _kernel_ms(model, arguments, capacity)
+        _say_compiled(say)
     results: dict[str, EndToEnd] = {}
     for name in dict.fromkeys(("mpk", *arguments.against)):
-        _say(f"{name}: compile, {arguments.repeats} x {arguments.new} tokens")
-        results[name] = _one(name, model, arguments, capacity, energy)
+        results[name] = _one(name, model, arguments, capacity, energy, say)
+    say("done")
     figures = _figures(arguments, capacity, kernel_ms, results)
     if arguments.json == "-":
         print(json.dumps(figures, indent=1))
@@ -97,7 +106,12 @@ def _kernel_ms(model: "PreTrainedModel", arguments: argparse.Namespace, capacity
 
 
 def _one(
-    name: str, model: "PreTrainedModel", arguments: argparse.Namespace, capacity: int, energy: "EnergyMeter | None"
+    name: str,
+    model: "PreTrainedModel",
+    arguments: argparse.Namespace,
+    capacity: int,
+    energy: "EnergyMeter | None",
+    say: "_Clock",
 ) -> EndToEnd:
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.batch, arguments.prompt)
@@ -115,15 +129,24 @@ def _one(
             torch.cuda.synchronize()
             return time.perf_counter() - begin
 
+        say(f"{name}: compile")
         compile_s = generate(8)
+        if name == "mpk":
+            _say_compiled(say)
         few = arguments.new // 8
         generate(few)  # the first calls record CUDA graphs, say
         first = statistics.median(generate(1) for _ in range(3))
-        pairs = [(generate(few), generate(arguments.new)) for _ in range(arguments.repeats)]
-        slopes = [(b - a) / (arguments.new - few) * 1e3 for a, b in pairs]
+        say(f"{name}: up to {arguments.repeats} x ({few} and {arguments.new} tokens)")
+        slopes: list[float] = []
+        begin = time.perf_counter()
+        while len(slopes) < arguments.repeats and (len(slopes) < 3 or time.perf_counter() - begin < PATIENCE_S):
+            short, long = generate(few), generate(arguments.new)
+            slopes.append((long - short) / (arguments.new - few) * 1e3)
+        if energy is not None:
+            say(f"{name}: energy, {ENERGY_S:.0f} s")
         joules, watts = _energy(energy, generate, arguments.new) if energy is not None else (None, None)
     spread = (min(slopes), max(slopes))
-    return EndToEnd(name, statistics.median(slopes), spread, first * 1e3, compile_s, joules, watts)
+    return EndToEnd(name, statistics.median(slopes), spread, first * 1e3, compile_s, len(slopes), joules, watts)
 
 
 @contextlib.contextmanager
@@ -196,5 +219,16 @@ def _table(figures: dict[str, Any], results: dict[str, EndToEnd]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _say_compiled(say: "_Clock") -> None:
+    made = reports()[-1]
+    say(f"compiled in {made.total_seconds:.1f} s: {', '.join(f'{k} {s:.1f}' for k, s in made.seconds.items())}")
+
+
+class _Clock:
+    """Says on stderr what is going on, and how many seconds into the command."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        print(f"{time.perf_counter() - self._begin:6.1f} s  {text}", file=sys.stderr, flush=True)
