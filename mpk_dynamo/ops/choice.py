@@ -1,8 +1,10 @@
 """Choice: the next token, drawn at random. draw.py says what is drawn.
 
 Task kinds: `choice_part`, tile = (row, first, last), finds the largest score of each of a range of groups of 64
-columns; `choice`, tile = (row,), draws. The groups tell the draw where the large scores are: with top-k, or a
-nucleus of a few hundred tokens, it looks at few columns; otherwise it reads the row several times.
+columns; without top-k `choice_mass`, of the same tile, adds up their weights, which min-p has filtered where nothing
+comes before it; `choice`, tile = (row,), draws. The groups tell the draw where the large scores are: with top-k, or a
+nucleus of a few hundred tokens, it looks at few columns, and at one group where nothing else than min-p is on. Otherwise
+it reads the row several times.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from ..errors import Unsupported
 from ..ir.graph import ExtensionNode, Graph, Node
 from ..ir.region import Access
 from ..ir.types import Buffer, BufferKind, DType, buffer
-from .draw import GROUP, draw
+from .draw import GROUP, above_min_p, draw, weights
 from .rows import check_rows, here, parts_of_row, row_traits
 from .sampling import Sample
 from .spec import DeviceForm, Memory, TileSpec, Tiling
@@ -27,7 +29,7 @@ MIN_GROUPS = 16
 MAX_COLUMNS = 1 << 18
 """Columns of a row on the device, at most: the sum of their weights fits 63 bits."""
 
-SCRATCH = 12288
+SCRATCH = 13312
 """Bytes of shared memory; choice.cuh asserts that it suffices."""
 
 
@@ -80,6 +82,19 @@ class ChoiceOperator:
                 read, written = Access(node.x, here(row, start, stop)), Access(largest.name, here(row, a, b))
                 moved = (stop - start) * x.dtype.itemsize + 4 * (b - a)
                 tasks.append(TileSpec("choice_part", (row, a, b), (read,), (written,), moved, stop - start))
+        mass = buffer(f"{node.name}.mass", DType.I64, (rows, groups), BufferKind.SCRATCH, origin=node.origin)
+        made = (largest,) if node.top_k else (largest, mass)
+        for row in range(rows if mass in made else 0):
+            for a, b in parts_of_row(rows, groups, MIN_GROUPS, workers):
+                start, stop = a * GROUP, min(columns, b * GROUP)
+                reads = (
+                    Access(node.x, here(row, start, stop)),
+                    Access(largest.name, here(row, 0, groups)),
+                    Access(node.numbers, ((0, 5),)),
+                )
+                moved = (stop - start) * x.dtype.itemsize + 4 * groups + 8 * (b - a)
+                written = Access(mass.name, here(row, a, b))
+                tasks.append(TileSpec("choice_mass", (row, a, b), reads, (written,), moved, 16 * (stop - start)))
         for row in range(rows):
             one = ((row, row + 1),)
             reads = (
@@ -89,10 +104,11 @@ class ChoiceOperator:
                 Access(node.key, ((0, 1),)),
                 Access(node.step, ()),
                 Access(node.sequences, one),
+                *(Access(b.name, here(row, 0, groups)) for b in made[1:]),
             )
             moved = columns * x.dtype.itemsize + 4 * groups
             tasks.append(TileSpec("choice", (row,), reads, (Access(node.out, one),), moved, 16 * columns))
-        return Tiling(tuple(tasks), (largest,))
+        return Tiling(tuple(tasks), made)
 
     def context(self, node: Choice, graph: Graph, workers: int) -> None:
         """Nothing."""
@@ -105,6 +121,15 @@ class ChoiceOperator:
             (row,) = tile
             return lambda memory: self._draw(node, memory, row)
         row, first, last = tile
+
+        def mass(memory: Memory) -> None:
+            w = weights(memory[node.x][row, first * GROUP : last * GROUP], memory[f"{node.name}.largest"][row].max())
+            w = above_min_p(w, memory[node.numbers]) if node.min_p and not node.top_p else w
+            padded = torch.nn.functional.pad(w, (0, (last - first) * GROUP - w.numel()))
+            memory[f"{node.name}.mass"][row, first:last] = padded.view(-1, GROUP).sum(1)
+
+        if op == "choice_mass":
+            return mass
 
         def task(memory: Memory) -> None:
             x = memory[node.x][row, first * GROUP : last * GROUP].float()
@@ -143,10 +168,13 @@ class ChoiceOperator:
         traits = f"{row_traits(node, x, buffers[node.out])} static constexpr bool {flags};"
         source, largest = '#include "mpk/tasks/choice.cuh"\n', f"{node.name}.largest"
         operands = node.x, largest, node.numbers, node.key, node.step, node.sequences, node.out
-        return {
-            "choice_part": DeviceForm("choice_part", source, traits, (node.x, largest), scratch=SCRATCH),
-            "choice": DeviceForm("choice", source, traits, operands, scratch=SCRATCH),
-        }
+        forms = {"choice_part": DeviceForm("choice_part", source, traits, (node.x, largest))}
+        if not node.top_k:
+            mass = f"{node.name}.mass"
+            added = node.x, largest, node.numbers, mass
+            forms["choice_mass"] = DeviceForm("choice_mass", source, traits, added, scratch=SCRATCH)
+            operands += (mass,)
+        return {**forms, "choice": DeviceForm("choice", source, traits, operands, scratch=SCRATCH)}
 
     def samples(self) -> list[tuple[Node, Graph]]:
         """Types, one row and several, each filter alone and all, fewer columns than a group, a transposed input."""

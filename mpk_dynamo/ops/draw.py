@@ -38,11 +38,11 @@ def sort_keys(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, -1 - bits, bits + (1 << 31))
 
 
-def weights(scores: torch.Tensor) -> torch.Tensor:
-    """int64 weights of one row of scores."""
+def weights(scores: torch.Tensor, top: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 weights of one row of scores, or of a part of one whose largest score is `top`."""
     clean = torch.where(scores.isnan(), float("-inf"), scores.float())
     f32 = dict(dtype=torch.float32, device=scores.device)
-    x = (clean - clean.max()) * torch.tensor(LOG2_E, **f32)
+    x = (clean - (clean.max() if top is None else top)) * torch.tensor(LOG2_E, **f32)
     whole = torch.floor(x + 0.5)
     # differences of infinities, and what is smaller than the last bit
     fine = whole >= -WEIGHT_BITS
@@ -70,8 +70,13 @@ def kept_weights(scores: torch.Tensor, stages: frozenset[str], numbers: torch.Te
         order = keys.sort(stable=True).indices
         w = w.index_put((order[w[order].cumsum(0) <= dropped],), torch.zeros((), dtype=w.dtype, device=w.device))
     if "min_p" in stages:
-        w = torch.where(w.double() >= float(numbers[NUMBERS["min_p"]]) * float(1 << WEIGHT_BITS), w, 0)
+        w = above_min_p(w, numbers)
     return w
+
+
+def above_min_p(w: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Weights, 0 for those that min-p drops."""
+    return torch.where(w.double() >= float(numbers[NUMBERS["min_p"]]) * float(1 << WEIGHT_BITS), w, 0)
 
 
 def pick(kept: torch.Tensor, uniform: int) -> int:
