@@ -46,7 +46,7 @@ class Settings:
     profile: str = _option("", "folder that receives a timeline of each kernel: trace, report, figures")
     profile_call: int = _option(10, "the first call of a kernel that is recorded for it, of five in a row", minimum=1)
     loop_steps: int = _option(
-        0, "decode steps per launch inside generate(); 0: grows until a launch takes 0.1 s, 0.025 s with a streamer",
+        0, "decode steps per launch inside generate(); 0: grows until a launch takes 0.05 s, 0.025 s with a streamer",
         minimum=0,
     )
     timeout_s: float = _option(4.0, "bound of every wait on the device, in seconds", minimum=0.001)

@@ -3,8 +3,8 @@
 Task kinds: `choice_part`, tile = (row, first, last), finds the largest score of each of a range of groups of 64
 columns; without top-k `choice_mass`, of the same tile, adds up their weights, which min-p has filtered where nothing
 comes before it; `choice`, tile = (row,), draws. The groups tell the draw where the large scores are: with top-k, or a
-nucleus of a few hundred tokens, it looks at few columns, and at one group where nothing else than min-p is on. Otherwise
-it reads the row several times.
+nucleus of a few hundred tokens, it looks at few columns, and at those of one group where nothing but min-p is on.
+Otherwise it reads the row several times.
 """
 
 from __future__ import annotations
