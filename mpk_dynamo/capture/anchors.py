@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .importer import Importer
 
 
+COLUMN_DEPTH = 1 << 15
+"""Bytes of a row of x up to which a transposed weight is streamed: a worker keeps it in shared memory."""
+
+
 # --- matrix products ---
 
 
@@ -83,7 +87,11 @@ def product(imp: Importer, call: Call, x: View, weight: View, bias: View | None)
     out, dtype = call.shape, call.dtype
     if not is_weight(imp, weight) and not _is_cheap(lead, rows, depth):
         raise call.refuse(f"the weight {list(weight.shape)} is computed in the graph")
-    streamed = is_weight(imp, weight) and weight.whole and imp.buffers[weight.memory.buffer].strides[-1] == 1
+    streamed = is_weight(imp, weight) and imp.buffers[weight.memory.buffer].strides[-1] == 1
+    transposed = streamed and not weight.whole
+    if transposed:  # in whole 16-byte vectors, and with room for a row of x
+        streamed = not rows * x.dtype.itemsize % 16 and not depth * x.dtype.itemsize % 16
+        streamed = streamed and depth * x.dtype.itemsize <= COLUMN_DEPTH
     if x.dtype is DType.F64 or not streamed:
         return _reduced(imp, call, x, weight, bias)
     t, k, n = E.var("t", math.prod(lead)), E.var("k", depth), E.var("n", rows)
@@ -95,7 +103,7 @@ def product(imp: Importer, call: Call, x: View, weight: View, bias: View | None)
     name = imp.fresh(call.name)
     imp.declare(name, dtype, out, call.origin)
     part = LinearPart((weight.memory.buffer,), rows, convert(result, dtype), name, (*token, point(n)), call.origin)
-    imp.nodes.append(Linear(name, t, k, x.load((*token, point(k))), (part,), call.origin))
+    imp.nodes.append(Linear(name, t, k, x.load((*token, point(k))), (part,), call.origin, transposed))
     return whole_view(Memory(name, dtype, out, buffer=name))
 
 
@@ -104,14 +112,14 @@ def _is_cheap(lead: Shape, rows: int, depth: int) -> bool:
 
 
 def _reduced(imp: Importer, call: Call, x: View, weight: View, bias: View | None) -> View:
-    """The product as a row reduction: for weights stored with the depth outermost, and for f64."""
+    """The product as a row reduction: for weights of layouts that no task body streams, and for f64."""
     depth, kind = x.shape[-1], wide(call.dtype)
     at, r = points(call.shape), E.var("r0", depth)
     element = op("mul", convert(x.load((*at[:-1], point(r))), kind), convert(weight.load((at[-1], point(r))), kind))
     body = E.reduce("sum", r, element)
     if bias is not None:
         body = op("add", body, convert(bias.load(broadcast(bias.shape, call.shape, at)), kind))
-    imp.note(f"{call.origin}: {call.op} is a plain reduction, slower than a linear: its weight is not [rows, depth]")
+    imp.note(f"{call.origin}: {call.op} is a plain reduction, slower than a linear: its weight is of another layout")
     return imp.emit(call, convert(body, call.dtype))
 
 

@@ -118,7 +118,8 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
                 # the loader runs ahead of every event
                 why = f"weight {w} is written within the step; the kernel streams only what it never writes"
                 raise Unsupported(why, origin=node.origin)
-            if buffers[w].strides != (node.k.size, 1) or buffers[w].dtype is not weight.dtype:
+            inner = p.rows if node.transposed else node.k.size
+            if buffers[w].strides != (inner, 1) or buffers[w].dtype is not weight.dtype:
                 raise Unsupported(f"weight {w} is not a contiguous {weight.dtype.value} matrix", origin=node.origin)
     geometry = linear_geometry(node, buffers)
     width = 16 // weight.dtype.itemsize
@@ -128,7 +129,9 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         f"  static constexpr bool HALF = {'true' if weight.dtype is DType.F16 else 'false'};",
         f"  static constexpr int T = {node.t.size}, K = {node.k.size}, JOINT = {joint};",
     ]
-    if geometry.slot_rows:
+    if node.transposed:
+        lines += _columns(node, operands)
+    elif geometry.slot_rows:
         lines.append(f"  static constexpr int SLOT_ROWS = {geometry.slot_rows}, CHUNK = {geometry.chunk};")
     else:
         lines.append(f"  static constexpr int COPY_BYTES = {geometry.copy_bytes};")
@@ -176,8 +179,18 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}], "
         "const u32 (&held)[HOLD]) {\n" + "\n".join(cases) + "\n  }"
     )
-    call = "linear_mma" if geometry.slot_rows else "linear"
+    call = "linear_columns" if node.transposed else "linear_mma" if geometry.slot_rows else "linear"
     return Body("linear", call, "\n".join(lines) + "\n", tuple(operands.names))
+
+
+def _columns(node: Linear, operands: Operands) -> list[str]:
+    """Members that say where transposed weights are."""
+    slots = [_choose([str(operands.slot(w)) for w in p.weights], "j") for p in node.parts]
+    return [
+        f"  {TEMPLATE} MPK_DEVICE static const Element* weight(Ctx& c, u32 part, int j) "
+        f"{{ return c.template pointer<const Element>({_choose(slots)}); }}",
+        f"  MPK_DEVICE static int columns(u32 part) {{ return {_choose([str(p.rows) for p in node.parts])}; }}",
+    ]
 
 
 def _prologue(
@@ -193,7 +206,7 @@ def _prologue(
     On tensor cores, what depends on the token is held apart from what all tokens share."""
     width, tensor_cores = 16 // weight.dtype.itemsize, geometry.slot_rows > 0
     found = reductions(node.x)
-    if found and node.t.size > 1 and not tensor_cores:
+    if found and node.t.size > 1 and not (tensor_cores or node.transposed):
         why = f"with several tokens the prologue of a {weight.dtype.value} linear may hold no reductions"
         raise Unsupported(why, origin=node.origin)
     for r in found:
@@ -289,12 +302,12 @@ def _prologue(
     return lines
 
 
-def _choose(values: list[str]) -> str:
+def _choose(values: list[str], by: str = "part") -> str:
+    """The value at the index that the variable `by` holds."""
     if len(set(values)) == 1:
         return values[0]
-    return f"part == 0 ? {values[0]} : ({' : '.join(f'part == {i} ? {v}' for i, v in enumerate(values[1:-1], 1))}" + (
-        f" : {values[-1]})" if len(values) > 2 else f"{values[-1]})"
-    )
+    cases = "".join(f"{by} == {i} ? {v} : " for i, v in enumerate(values[:-1]))
+    return f"({cases}{values[-1]})"
 
 
 def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str) -> None:

@@ -35,7 +35,8 @@ class Geometry:
 
 
 def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
-    """The slots of a Linear. Raises Unsupported when rows are not whole 16-byte vectors."""
+    """The slots of a Linear: none when its weights are transposed. Raises Unsupported when rows are not whole 16-byte
+    vectors."""
     k, dtype = node.k.size, buffers[node.parts[0].weights[0]].dtype
     row_bytes = k * dtype.itemsize
     if row_bytes % 16:
@@ -44,6 +45,8 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
             origin=node.origin,
             remedy="the part runs in the fallback",
         )
+    if node.transposed:
+        return Geometry(0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
         chunk = k if reductions(node.x) else min(k, CHUNK)

@@ -127,6 +127,8 @@ def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: Refe
             raise Unsupported(text, origin=node.origin)
         for part, row, count in cut:
             rows["segments"].append((part, row, count, 0))
+            if node.transposed:
+                continue
             bases, step = parts[part], geometry.block_rows or count
             for first in range(0, count, step):
                 offset = (row + first) * row_bytes

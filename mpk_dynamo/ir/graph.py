@@ -32,7 +32,8 @@ class LinearPart:
     """One output of a Linear: for each token t and row n in [0, rows):
     acc_j = sum_k x[t, k] * weights[j][n, k] in fp32, out[store(t, n)] = epilogue(t, n, acc_0, acc_1, ...).
 
-    `weights` are [rows, K] with unit stride in K. Several of them are joint: they share the epilogue (gate and up).
+    `weights` are [rows, K] with unit stride in K, or [K, rows] with unit stride in rows where the Linear is
+    `transposed`. Several of them are joint: they share the epilogue (gate and up).
     `epilogue` is over Vars t and n and the leaves Acc(j); its dtype is that of `out`.
     """
 
@@ -53,7 +54,8 @@ class LinearPart:
 @dataclass(frozen=True)
 class Linear:
     """x @ weight.T for one or several weights that share x. `x` is the prologue: an expression over Vars t
-    (tokens) and k (depth) that may hold reductions over k, such as RMSNorm. dtype of x: that of the weights."""
+    (tokens) and k (depth) that may hold reductions over k, such as RMSNorm. dtype of x: that of the weights.
+    transposed: all weights are stored [K, rows] (x @ weight)."""
 
     name: str
     t: Var
@@ -61,6 +63,7 @@ class Linear:
     x: Expr
     parts: tuple[LinearPart, ...]
     origin: str = ""
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def print_node(node: Node) -> str:
         store = ", ".join(map(render, node.store))
         return f"{node.name} = row_map({dims}) {node.out}[{store}] = {render(node.body)}{where}"
     if isinstance(node, Linear):
-        lines = [f"{node.name} = linear(t<{node.t.size}, k<{node.k.size}) x = {render(node.x)}{where}"]
+        kind = "linear_columns" if node.transposed else "linear"
+        lines = [f"{node.name} = {kind}(t<{node.t.size}, k<{node.k.size}) x = {render(node.x)}{where}"]
         for p in node.parts:
             store = ", ".join(map(render, p.store))
             out = f"{p.out}[{store}] = {render(p.epilogue)}"

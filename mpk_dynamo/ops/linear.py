@@ -3,7 +3,7 @@
 Task kind `linear`, tile = (part, row, rows, part, row, rows, ...): segments, each a range of rows of a part, that
 follow one another in the concatenation of the parts. Tasks move the same weight bytes up to one row (eight rows
 when there are several tokens, the tensor-core tile; two when parts have different numbers of joint weights), since a
-decode step is bound by them.
+decode step is bound by them. Of transposed weights a row is a column, and tasks differ by one 16-byte vector of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from ..ir.expr import Expr, acc, cast, index, op, var
 from ..ir.graph import Graph, Linear, LinearPart, Node
-from ..ir.region import Access
+from ..ir.region import Access, Box
 from ..ir.types import Buffer, DType
 from .access import StoreSweep, Sweep, access_bytes, arithmetic, read_accesses
 from .evaluate import compile_assignment, compile_exprs, evaluate
@@ -23,6 +23,8 @@ from .sampling import Sample, rms_norm, silu
 from .spec import Memory, TileSpec, Tiling
 
 TENSOR_CORE_ROWS = 8
+
+VECTOR_BYTES = 16
 
 CACHED_WEIGHTS = 1 << 18
 """Weights converted to f32 at a time by `run`: 1 MiB, so that the copy stays in a core's cache."""
@@ -80,8 +82,17 @@ def _balanced_cuts(weights: list[int], tasks: int) -> list[int]:
 
 
 def granularity(node: Linear) -> int:
-    """Rows per block: 8 when several tokens use the tensor cores, else 1."""
+    """Rows per block: 8 when several tokens use the tensor cores, those of a 16-byte vector when weights are
+    transposed, else 1."""
+    if node.transposed:
+        return VECTOR_BYTES // node.x.dtype.itemsize
     return TENSOR_CORE_ROWS if node.t.size > 1 else 1
+
+
+def weight_box(node: Linear, start: int, stop: int) -> Box:
+    """Where rows [start, stop) lie in a weight."""
+    rows, depth = (start, stop), (0, node.k.size)
+    return (depth, rows) if node.transposed else (rows, depth)
 
 
 def phase_of(node: Linear, graph: Graph, workers: int) -> int:
@@ -122,7 +133,7 @@ class LinearOperator:
             moved, flops = x_bytes, x_flops
             for which, row, rows in task:
                 part, (n, loads, stores), stop = node.parts[which], sweeps[which], row + rows
-                weights = [Access(w, ((row, stop), (0, node.k.size))) for w in part.weights]
+                weights = [Access(w, weight_box(node, row, stop)) for w in part.weights]
                 loaded, stored = loads(row, stop), stores(row, stop)
                 reads.update(dict.fromkeys([*weights, *loaded]))
                 writes.update(dict.fromkeys(stored))
@@ -154,7 +165,7 @@ class LinearOperator:
         def task(memory: Memory) -> None:
             x = prologue(memory)[0].expand(shape).float()
             for weights, start, stop, store in work:
-                store(memory, [multiply(x, memory[w], start, stop) for w in weights])
+                store(memory, [multiply(x, _by_rows(node, memory[w]), start, stop) for w in weights])
 
         return task
 
@@ -168,7 +179,7 @@ class LinearOperator:
         x = x.expand(node.t.size, node.k.size)
         for part in node.parts:
             ranges, sizes = {node.t: (0, node.t.size), part.n: (0, part.rows)}, (node.t.size, part.rows)
-            accumulators = [torch.nn.functional.linear(x, memory[w].float()) for w in part.weights]
+            accumulators = [torch.nn.functional.linear(x, _by_rows(node, memory[w]).float()) for w in part.weights]
             value = evaluate(part.epilogue, ranges, memory, accumulators).expand(sizes).clone()
             memory[part.out][tuple(evaluate(e, ranges, memory).expand(sizes) for e in part.store)] = value
 
@@ -183,7 +194,17 @@ class LinearOperator:
             _residual(bf16, 1, 104, 33), _residual(f16, 16, 48, 17),
             _qkv(bf16, 1, 64, (6, 2, 2), 16), _qkv(bf16, 3, 64, (4, 1, 1), 24), _qkv(f32, 16, 32, (3, 3, 3), 8),
             _mixed(bf16, 1, 40),
+            _transposed(bf16, 1, 64, (40,)), _transposed(f16, 3, 72, (56,)), _transposed(f32, 8, 40, (132,)),
+            _transposed(bf16, 16, 136, (24, 8, 16)), _transposed(bf16, 1, 520, (512,)), _transposed(f32, 1, 1104, (20,)),
+            _transposed(bf16, 1, 2304, (96,)), _transposed(f16, 13, 3072, (320,)),
+            _transposed(bf16, 1, 72, (48,), 2), _transposed(f16, 4, 64, (24,), 2),
         ]
+
+
+def _by_rows(node: Linear, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as [rows, K], whatever lies next to each other."""
+    return weight.T if node.transposed else weight
+
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """x [T, K] in f32 times rows [start, stop) of a weight [N, K], accumulated in f32: [T, stop - start] f32."""
@@ -218,8 +239,10 @@ def workspace(device: torch.device, elements: int) -> torch.Tensor:
     return kept
 
 
-def _node(s: Sample, name: str, t: int, k: int, x: Expr, parts: list[LinearPart]) -> tuple[Node, Graph]:
-    return s.graph(Linear(name, var("t", t), var("k", k), x, tuple(parts)))
+def _node(
+    s: Sample, name: str, t: int, k: int, x: Expr, parts: list[LinearPart], transposed: bool = False
+) -> tuple[Node, Graph]:
+    return s.graph(Linear(name, var("t", t), var("k", k), x, tuple(parts), transposed=transposed))
 
 
 def _plain(dtype: DType, t: int, k: int, n: int) -> tuple[Node, Graph]:
@@ -280,3 +303,17 @@ def _mixed(dtype: DType, t: int, k: int) -> tuple[Node, Graph]:
         LinearPart((a, b), 29, cast(op("mul", acc(0), acc(1)), dtype), joint, (tv, var("n", 29))),
         LinearPart((c,), 18, op("tanh", acc(0)), single, (tv, var("n", 18))),
     ])
+
+
+def _transposed(dtype: DType, t: int, k: int, rows: tuple[int, ...], joint: int = 1) -> tuple[Node, Graph]:
+    """Weights stored [K, rows], with a bias; of one token, and in 16-bit types, x is normed."""
+    s, tv, kv = Sample(), var("t", t), var("k", k)
+    x = s.at(s.input("x", dtype, t, k), tv, kv) if dtype is DType.F32 and t > 1 else _normed(s, dtype, t, k)
+    parts = []
+    for i, n in enumerate(rows):
+        nv, bias = var("n", n), s.param(f"bias{i}", dtype, n)
+        weights = tuple(s.param(f"w{i}_{j}", dtype, k, n) for j in range(joint))
+        y = acc(0) if joint == 1 else op("mul", acc(0), op("tanh", acc(1)))
+        y = cast(op("add", y, s.wide(bias, nv)), dtype)
+        parts.append(LinearPart(weights, n, y, s.output(f"out{i}", dtype, t, n), (tv, nv)))
+    return _node(s, "transposed", t, k, x, parts, transposed=True)

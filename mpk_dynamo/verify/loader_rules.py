@@ -1,4 +1,5 @@
-"""Rules P1 and P3 for the loader: segments and runs stream exactly the weight rows that a task declares."""
+"""Rules P1 and P3 for the loader: segments and runs stream exactly the weight rows that a task declares. Transposed
+weights have segments but no runs: their task loads them itself, in whole 16-byte vectors."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ def check_loader(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray
             if not isinstance(node, Linear):
                 continue
             for segment in _segments(p, t, node, weights[t.node], segments, *args[t.id]):
-                run = _follow(p, bound, t, node, segment, runs, run, end)
+                if node.transposed:
+                    _check_vectors(p, t, node, segment)
+                else:
+                    run = _follow(p, bound, t, node, segment, runs, run, end)
         if run != end:
             raise VerificationError("P1", f"worker {w} has {end - run} runs beyond those its tasks read")
 
@@ -65,13 +69,23 @@ def _segments(
         if part >= len(node.parts) or row + rows > node.parts[part].rows:
             text = f"a segment of {names(tg, [t.id])} has rows {row}:{row + rows} of part {part}"
             raise VerificationError("P3", text, origin=node.origin)
-    # weights are read by whole rows
-    declared = sorted((a.buffer, *a.box[0]) for a in t.reads if a.buffer in weights)
+    # weights are read by whole rows, transposed ones by whole columns
+    declared = sorted((a.buffer, *a.box[node.transposed]) for a in t.reads if a.buffer in weights)
     streamed = sorted((w, row, row + rows) for part, row, rows in found for w in node.parts[part].weights)
     if declared != streamed and _joined(declared) != _joined(streamed):
         text = f"{names(tg, [t.id])} streams rows {streamed}; it declares {declared}"
         raise VerificationError("P1", text, origin=node.origin)
     return found
+
+
+def _check_vectors(p: Program, t: Task, node: Linear, segment: Segment) -> None:
+    """P3 for a segment of transposed weights: its columns, and the next row's, begin at 16-byte boundaries."""
+    part, row, rows = segment
+    buffers = p.schedule.tasks.buffers
+    for w in (buffers[name] for name in node.parts[part].weights):
+        if any(n * w.dtype.itemsize % 16 for n in (row, rows, w.strides[0])):
+            text = f"{names(p.schedule.tasks, [t.id])} reads columns {row}:{row + rows} of {w.name} with strides "
+            raise VerificationError("P3", text + f"{w.strides}: no whole 16-byte vectors", origin=node.origin)
 
 
 def _joined(rows: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:

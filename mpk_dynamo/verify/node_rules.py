@@ -128,11 +128,12 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], ex: Expressions) -> Non
 
 
 def _weight(w: Buffer, p: LinearPart, node: Linear) -> None:
-    if w.shape != (p.rows, node.k.size):
-        raise Broken(f"weight {w.name} of shape {list(w.shape)} is not [{p.rows}, {node.k.size}]")
+    wanted = (node.k.size, p.rows) if node.transposed else (p.rows, node.k.size)
+    if w.shape != wanted:
+        raise Broken(f"weight {w.name} of shape {list(w.shape)} is not {list(wanted)}")
     if w.dtype is not node.x.dtype:
         raise Broken(f"weight {w.name} is {w.dtype.value}, its input {node.x.dtype.value}")
-    if node.k.size > 1 and w.strides[1] != 1:
+    if wanted[1] > 1 and w.strides[1] != 1:
         raise Broken(f"weight {w.name} has strides {list(w.strides)}; the inner one must be 1")
 
 

@@ -152,7 +152,8 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
             text = f"operand {k} of {names(s.tasks, [t])} refers to {found}; its body expects {wanted}"
             raise VerificationError("P3", text)
         graph_node = s.tasks.graph.nodes[node]
-        streamed = {w for part in graph_node.parts for w in part.weights} if isinstance(graph_node, Linear) else set()
+        ring = isinstance(graph_node, Linear) and not graph_node.transposed
+        streamed = {w for part in graph_node.parts for w in part.weights} if ring else set()
         missing = needed[node, op] - given - {buffers[w].storage for w in streamed}
         if missing:
             text = f"no operand of {names(s.tasks, [t])} refers to {sorted(missing)}, which it uses"

@@ -18,7 +18,6 @@ from mpk_dynamo.tools.families import FAMILIES, PARTIAL, build
 
 NAMES = list(FAMILIES)
 WINDOWED = ["mistral", "gemma2", "gemma3"]
-REDUCED = {"gpt2"}  # keeps its weights as [depth, rows]
 
 
 def check(c: Coverage, steps: int) -> None:
@@ -27,7 +26,7 @@ def check(c: Coverage, steps: int) -> None:
     assert c.captured_nodes == 1.0 and c.weights > 0.99
     assert sum(p.calls for p in c.programs) == steps
     assert not any(p.device for p in c.programs)
-    assert {p.reduced > 0 for p in c.programs} == {c.family in REDUCED}
+    assert not any(p.reduced for p in c.programs), "a matrix is not streamed"
     assert 0 < c.error and all(p.report.outcome == "reference" for p in c.programs)
 
 

@@ -111,7 +111,8 @@ def run_linear(node: Linear, memory: Memory) -> None:
     x = Evaluation((node.t, node.k), memory)(node.x).double()
     results = []
     for p in node.parts:
-        accs = tuple((x @ memory[w].double().T).float() for w in p.weights)
+        stored = [memory[w].double() for w in p.weights]
+        accs = tuple((x @ (w if node.transposed else w.T)).float() for w in stored)
         at = Evaluation((node.t, p.n), memory, accs)
         results.append((memory[p.out], [at(e) for e in p.store], at(p.epilogue)))
     for result in results:

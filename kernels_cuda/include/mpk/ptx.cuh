@@ -121,6 +121,12 @@ MPK_DEVICE Vec4 load_global(const void* p) {
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
+// A weight: nothing writes it during a launch, so only the order of other such loads and barriers is kept.
+MPK_DEVICE Vec4 load_weight(const void* p) {
+  Vec4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
 // Only a hint: brings a line to the L2 cache.
 MPK_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -15,7 +15,7 @@ def merge_linears(graph: Graph) -> Graph:
     groups: dict[object, list[int]] = {}
     for i, node in flow:
         if isinstance(node, Linear):
-            groups.setdefault((node.x, node.t, node.k), []).append(i)
+            groups.setdefault((node.x, node.t, node.k, node.transposed), []).append(i)
     for first, *rest in groups.values():
         for i in rest:
             node, other = flow[first], flow[i]

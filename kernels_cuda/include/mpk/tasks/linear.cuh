@@ -71,10 +71,10 @@ struct LaneSums {
   }
 };
 
-template <class N, int I, class Ctx, class Group, class Held>
+// S: which 16-byte vectors of a row a thread of the group owns (PIECES, PER_THREAD, VECTORS, LANES).
+template <class N, class S, int I, class Ctx, class Group, class Held>
 MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, const Held& held, float* red) {
   if constexpr (I < N::REDUCTIONS) {
-    using S = LinearShape<N>;
     using Combine = typename N::template Combine<I>;
     float total = Combine::identity();
 #pragma unroll
@@ -88,7 +88,7 @@ MPK_DEVICE void prologue_reductions(Ctx& c, const Group& g, int t, const Held& h
       }
     }
     red[I] = g.template reduce<Combine>(total);
-    prologue_reductions<N, I + 1>(c, g, t, held, red);
+    prologue_reductions<N, S, I + 1>(c, g, t, held, red);
   }
 }
 
@@ -123,7 +123,7 @@ MPK_DEVICE void linear(Ctx& c) {
       return complete;
     });
     float red[N::REDUCTIONS + 1];
-    prologue_reductions<N, 0>(c, g, 0, held, red);
+    prologue_reductions<N, S, 0>(c, g, 0, held, red);
 #pragma unroll
     for (int p = 0; p < OWN; ++p)
       if (own(p)) N::x(c, 0, column(p), held[p], red, x[p]);
