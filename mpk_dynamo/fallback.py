@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def compile_outside(
             return _inductor(gm, example_inputs)
         mode = detect_fake_mode([x for x in example_inputs if isinstance(x, FakeTensor)]) or FakeTensorMode()
         with without_symbols():
-            return _inductor(gm, [x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in example_inputs])
+            # a mode of Dynamo's makes symbols of sizes unless told not to, and guards on them that it cannot place
+            real = partial(mode.from_tensor, static_shapes=True)
+            return _inductor(gm, [x if isinstance(x, FakeTensor) else real(x) for x in example_inputs])
 
 
 def _inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

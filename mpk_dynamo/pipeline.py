@@ -306,7 +306,15 @@ def _describe(report: Report, graph: "Graph", schedule: "Schedule") -> None:
 
 
 def _device_of(example_inputs: Sequence[Any]) -> torch.device:
-    devices = sorted({x.device for x in example_inputs if isinstance(x, torch.Tensor)}, key=str)
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    devices = sorted({x.device for x in tensors}, key=str)
+    others = {x.device for x in tensors if x.dim() or x.device.type != "cpu"}
+    if len(devices) == 2 and len(others) == 1:
+        raise Unsupported(
+            f"inputs are on {', '.join(map(str, devices))}: a single number on the cpu, such as an empty cache's count",
+            remedy="the first call with a new cache is not for a program; move other such numbers to the device",
+            passing=True,
+        )
     if len(devices) != 1 or devices[0].type not in ("cpu", "cuda"):
         found = ", ".join(map(str, devices)) or "no tensors"
         raise Unsupported(f"inputs are on {found}", remedy="put model, cache and inputs on one CUDA or CPU device")

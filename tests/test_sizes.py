@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import DynamicCache, StaticCache
 
 import mpk_dynamo
 from mpk_dynamo import by_size
+from mpk_dynamo.errors import Unsupported
+from mpk_dynamo.fallback import compile_outside
+from mpk_dynamo.pipeline import Place
+from mpk_dynamo.report import Report
+from mpk_dynamo.settings import Settings
 from mpk_dynamo.tools.families import build
 
 STRICT = {"fallback": "error"}
@@ -170,3 +177,28 @@ def test_prompts_are_compiled_once(model: Any, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert len(compiles) == 1 and all("query tokens" in r.reason for r in mpk_dynamo.reports())
     assert not isinstance(compiles[0][1], int) or graphs() == 2
+
+
+def test_a_graph_of_fixed_sizes_stays_so_beside_fakes_of_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's mode makes symbols of the sizes of what it is handed, and fails on guards about them."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    number = mode.from_tensor(torch.tensor(3.0), static_shapes=True)
+    given: list[Any] = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs: given.extend(inputs) or gm.forward)
+    gm = torch.fx.symbolic_trace(lambda x, n: x + n)
+    compile_outside(gm, [torch.ones(4, 5), number], "inductor", Report())
+    assert given[0].fake_mode is mode and all(type(n) is int for n in given[0].shape)
+
+
+def test_an_empty_cache_on_a_gpu_is_no_case_for_a_program() -> None:
+    """Its count is a tensor on the CPU until the first call moved it."""
+    with FakeTensorMode():
+        inputs = [torch.empty(2, 20, device="cuda"), torch.empty((), dtype=torch.int64)]
+    with pytest.raises(Unsupported, match="empty cache") as why:
+        Place.of(inputs, Settings())
+    assert why.value.passing
+    with FakeTensorMode():
+        inputs.append(torch.empty(3))
+    with pytest.raises(Unsupported, match="inputs are on cpu, cuda:0") as why:
+        Place.of(inputs, Settings())
+    assert not why.value.passing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from ..ir import expr as E
 from ..ir.expr import Expr, op
 from ..ir.types import DType
 from .registry import Call, lowers
-from .values import DTYPES, Index, Shape, View, broadcast, constant, convert, points, wide
+from .values import DTYPES, Index, Shape, View, broadcast, constant, convert, point, points, wide
+from .views import unflatten
 
 if TYPE_CHECKING:
     from .importer import Importer
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Rows:
     """The dimensions `dims` of a tensor, to be reduced: `shape` is the result's with them kept at size 1, `at` the
-    point of the tensor that a result point and the variables `over` name."""
+    point of the tensor that a result point and the variables `over` name: one that counts through all of them, or
+    none for a tensor without dimensions."""
 
     dims: tuple[int, ...]
     shape: Shape
@@ -43,11 +46,13 @@ def rows(shape: Shape, dims: Sequence[int] | int | None) -> Rows:
     rank = len(shape)
     dims = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     chosen = tuple(sorted(d % rank for d in dims)) if rank else ()
-    over = tuple(E.var(f"r{k}", shape[d]) for k, d in enumerate(chosen))
+    sizes = tuple(shape[d] for d in chosen)
+    over = (E.var("r0", math.prod(sizes)),) if chosen else ()
     kept = tuple(1 if d in chosen else n for d, n in enumerate(shape))
     at = list(points(kept))
-    for v, d in zip(over, chosen):
-        at[d] = v if v.size != 1 else E.index(0)
+    for v in over:
+        for d, e in zip(chosen, unflatten(point(v), sizes)):
+            at[d] = e
     return Rows(chosen, kept, over, tuple(at))
 
 

@@ -195,8 +195,8 @@ class LinearOperator:
             _qkv(bf16, 1, 64, (6, 2, 2), 16), _qkv(bf16, 3, 64, (4, 1, 1), 24), _qkv(f32, 16, 32, (3, 3, 3), 8),
             _mixed(bf16, 1, 40),
             _transposed(bf16, 1, 64, (40,)), _transposed(f16, 3, 72, (56,)), _transposed(f32, 8, 40, (132,)),
-            _transposed(bf16, 16, 136, (24, 8, 16)), _transposed(bf16, 1, 520, (512,)), _transposed(f32, 1, 1104, (20,)),
-            _transposed(bf16, 1, 2304, (96,)), _transposed(f16, 13, 3072, (320,)),
+            _transposed(bf16, 16, 136, (24, 8, 16)), _transposed(bf16, 1, 520, (512,)),
+            _transposed(f32, 1, 1104, (20,)), _transposed(bf16, 1, 2304, (96,)), _transposed(f16, 13, 3072, (320,)),
             _transposed(bf16, 1, 72, (48,), 2), _transposed(f16, 4, 64, (24,), 2),
         ]
 

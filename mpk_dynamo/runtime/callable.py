@@ -42,9 +42,9 @@ class DeviceCallable:
     """`callable(*args)` runs one step on torch's current stream and returns a tuple in the order of graph.outputs.
 
     `arguments` maps storages to positions in `args`, `constants` to tensors that the graph holds. Shapes, strides,
-    dtypes and devices of `args` are those of the graph's buffers: checked on the first call, and from then on by
-    whoever guards the call (Dynamo). Addresses may change with each call. An output that is a caller's buffer is the
-    caller's tensor object; others are new tensors.
+    dtypes and devices of `args` are those of the graph's buffers: checked on the first call and, for parameters and
+    state, when one of them moved; otherwise by whoever guards the call (Dynamo). Addresses may change with each call.
+    An output that is a caller's buffer is the caller's tensor object; others are new tensors.
 
     Raises LaunchError for arguments the kernel cannot take and when the driver refuses, DeviceFault for a fault of
     an earlier step.
@@ -94,7 +94,7 @@ class DeviceCallable:
         addresses = [*map(_data_ptr, self._pick(args))]
         with self.executable.prepared(steps, 0 if done is None else done.data_ptr()) as binding:
             if addresses != binding.stable:
-                self._rebind(binding, addresses)
+                self._rebind(binding, addresses, args)
             words, keep = binding.words, []
             for word, argument, mask in self._inputs:
                 address = args[argument].data_ptr()
@@ -114,8 +114,11 @@ class DeviceCallable:
         """Raises DeviceFault when a step that is known to be finished gave up. See Executable.check_fault."""
         self.executable.check_fault()
 
-    def _rebind(self, binding: Binding, addresses: list[int]) -> None:
+    def _rebind(self, binding: Binding, addresses: list[int], args: Sequence[Any]) -> None:
         binding.touch()
+        for caller, tensor in zip(self._stable, self._pick(args), strict=True):
+            # guards may not have noticed: `weight.data = ...` changes no dictionary that Dynamo watches
+            _check_tensor(tensor, caller.buffer, self._device, f"argument {caller.argument}")
         for caller, address in [*zip(self._stable, addresses, strict=True), *self._fixed]:
             if address & caller.mask:
                 raise LaunchError(
@@ -169,7 +172,8 @@ def _check_tensor(value: Any, buffer: Buffer, device: torch.device, what: str) -
         raise LaunchError(
             f"{what} ({buffer.kind.value} {buffer.name}) is {found}, compiled for {wanted}",
             origin=buffer.origin,
-            remedy="call with tensors of the shapes, strides, dtypes and device that were captured",
+            remedy="call with tensors of the shapes, strides, dtypes and device that were captured, or call "
+            "torch.compiler.reset() to capture anew",
         )
 
 
