@@ -13,8 +13,19 @@ from typing import Any
 from .errors import OptionError
 
 
-def _option(default: Any, doc: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "minimum": minimum})
+LARGEST = 2**31 - 1
+"""Bound of every number without one of its own: what tables and parameters of the kernel hold."""
+
+
+def _option(
+    default: Any,
+    doc: str,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float = LARGEST,
+) -> Any:
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Settings:
         0, "decode steps per launch inside generate(); 0: grows until a launch takes 0.05 s, 0.025 s with a streamer",
         minimum=0,
     )
-    timeout_s: float = _option(4.0, "bound of every wait on the device, in seconds", minimum=0.001)
+    timeout_s: float = _option(4.0, "bound of every wait on the device, in seconds", minimum=0.001, maximum=1e6)
 
     @staticmethod
     def from_options(options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> "Settings":
@@ -57,12 +68,15 @@ class Settings:
 
         Raises OptionError for an unknown option or MPK_* variable of one, a wrong type or a value out of range.
         """
+        if options is not None and not isinstance(options, Mapping):
+            given = type(options).__name__
+            raise OptionError(f"options are of type {given}", remedy="give a dict of names and values")
         options = dict(options or {})
         environ = os.environ if environ is None else environ
         fields = {f.name: f for f in dataclasses.fields(Settings)}
         for name in options:
             if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
+                near = difflib.get_close_matches(str(name), fields, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise OptionError(f"unknown option {name!r}", remedy=f"{hint}valid options: {', '.join(fields)}")
         values: dict[str, Any] = {}
@@ -93,10 +107,10 @@ def _checked(field: dataclasses.Field[Any], value: Any, name: str) -> Any:
     kind = type(field.default)
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if type(value) is not kind:
-        given = f"{value!r} ({type(value).__name__})"
+        given = f"{value!r:.80} ({type(value).__name__})"
         raise OptionError(f"{name} is {given}", remedy=f"give a value of type {kind.__name__}")
     choices, minimum = field.metadata["choices"], field.metadata["minimum"]
     if choices and value not in choices:
@@ -105,6 +119,10 @@ def _checked(field: dataclasses.Field[Any], value: Any, name: str) -> Any:
         raise OptionError(f"{name} is {value!r}", remedy=f"{hint}valid values: {', '.join(choices)}")
     if minimum is not None and not value >= minimum:
         raise OptionError(f"{name} is {value!r}", remedy=f"give at least {minimum}")
+    if minimum is not None and value > field.metadata["maximum"]:
+        raise OptionError(f"{name} is {value!r}", remedy=f"give at most {field.metadata['maximum']:.0f}")
+    if kind is str and "\0" in value:
+        raise OptionError(f"{name} is {value!r}", remedy="leave out the null character")
     return value
 
 
