@@ -17,6 +17,7 @@ import torch
 from ..errors import MpkError, OptionError
 from ..generate.hf import compile_config
 from ..opt_in import disable, enable
+from ..report import reports
 from .memory import Memory
 from .models import load
 
@@ -73,13 +74,15 @@ class Round:
 
 @dataclass
 class Result:
-    """tokens: made in all runs, padding after an end included. problems: in words; empty when all is well."""
+    """tokens: made in all runs, padding after an end included. programs: compiled up to each look at the memory.
+    problems: in words; empty when all is well."""
 
     rounds: int = 0
     runs: int = 0
     tokens: int = 0
     seconds: float = 0.0
     probes: int = 0
+    programs: list[int] = field(default_factory=list)
     interrupted: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -221,6 +224,7 @@ def _rounds(soak: Soak, arguments: argparse.Namespace, memory: Memory, say: Any)
 def _probe(soak: Soak, what: Round, arguments: argparse.Namespace, memory: Memory) -> bool:
     fine = _safely(soak, what, arguments)
     soak.result.probes += 1
+    soak.result.programs.append(len(reports()))
     gc.collect()
     memory.look()
     return fine
@@ -277,6 +281,8 @@ def _text(figures: dict[str, Any]) -> str:
         f"{figures['rounds']} rounds in {figures['seconds']:.0f} s" + (", interrupted" * figures["interrupted"]),
         f"{figures['runs']} runs of generate(), {figures['tokens']} tokens; the fixed round {figures['probes']} times",
     ]
+    if (programs := figures["programs"]) and programs[-1] > programs[0]:
+        lines.append(f"{programs[-1] - programs[0]} programs were compiled after the first {programs[0]}")
     for name, values in figures["memory"].items():
         if values:
             lines.append(f"{name}: {values[0]} MB at first, {values[-1]} at the end, {max(values)} at most")
