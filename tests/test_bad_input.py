@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import mpk_dynamo
-from mpk_dynamo.errors import MpkError, OptionError
+from mpk_dynamo.errors import LaunchError, MpkError, OptionError
+from mpk_dynamo.ir.region import check_apart
 from mpk_dynamo.settings import Settings
 
-common = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+common = {
+    "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.generate],  # a case is small as it is
+}  # fmt: skip
 
 # --- options ------------------------------------------------------------------------------------------------------
 
@@ -97,10 +101,10 @@ def tensor(dtype: torch.dtype, shape: tuple[int, ...], layout: str, fill: str) -
     def base(shape: tuple[int, ...]) -> torch.Tensor:
         x = torch.randn(shape, generator=generator)
         if fill == "nan":
-            x[..., ::3] = math.nan
+            x.view(-1)[::3] = math.nan
         elif fill == "inf":
-            x[..., ::3] = math.inf
-            x[..., 1::5] = -math.inf
+            x.view(-1)[::3] = math.inf
+            x.view(-1)[1::5] = -math.inf
         elif fill != "normal":
             x *= {"huge": 1e30, "zero": 0.0, "denormal": 1e-42}[fill]
         return (x.nan_to_num(0, 100, -100).clamp(-100, 100) if not dtype.is_floating_point else x).to(dtype)
@@ -135,7 +139,7 @@ def other(x: torch.Tensor, what: Any) -> Any:
 tensors = st.tuples(
     st.sampled_from(DTYPES), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), st.sampled_from(FILLS)
 )
-cases = st.tuples(st.sampled_from(list(TARGETS)), tensors, tensors | st.sampled_from(OTHERS))
+cases = st.tuples(st.sampled_from(list(TARGETS)), tensors, tensors | st.sampled_from(OTHERS), st.booleans())
 
 
 def arguments(case: tuple) -> tuple[Any, Any]:
@@ -168,12 +172,38 @@ def assert_same(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=allowed, atol=allowed, equal_nan=True)
 
 
-def check(case: tuple, device: str = "cpu") -> None:
+USUAL = (torch.float32, (2, WIDTH), "contiguous", "normal")
+
+
+@pytest.mark.parametrize("second", ["itself", "a view of it", "shifted by one"])
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_arguments_that_share_memory(name: str, second: str) -> None:
+    """Nothing of Dynamo's guards tells them from others."""
+    check((name, USUAL, second, True))
+    check((name, (torch.float32, (2, WIDTH), "shifted", "normal"), second, True))
+
+
+def test_spans_that_share_memory() -> None:
+    check_apart([(0, 4, True, "a"), (4, 8, True, "b"), (8, 9, False, "c"), (8, 10, False, "d")])
+    for spans in (
+        [(0, 4, True, "a"), (3, 8, False, "b")],
+        [(0, 100, False, "a"), (3, 4, False, "c"), (50, 60, True, "b")],
+        [(0, 100, True, "a"), (3, 4, True, "b")],
+        [(5, 9, False, "a"), (5, 9, True, "b")],
+    ):
+        with pytest.raises(LaunchError, match="share memory.*clone"):
+            check_apart(spans)
+
+
+def check(case: tuple) -> None:
+    *case, usual_first = case
     function = TARGETS[case[0]]()
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(function), backend="mpk", dynamic=False)
     usual = tensor(torch.float32, (2, WIDTH), "contiguous", "normal"), torch.ones(2, WIDTH)
     wanted, _ = outcome(function, tuple(t.clone() for t in usual))
+    if usual_first:
+        outcome(compiled, tuple(t.clone() for t in usual))
     for _ in range(2):
         theirs, ours = arguments(case), arguments(case)
         expected, refused = outcome(function, theirs)
@@ -209,7 +239,7 @@ def test_any_arguments(case: tuple) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=600, **common)
+@settings(max_examples=250, **common)
 @given(cases)
 def test_many_arguments(case: tuple) -> None:
     check(case)

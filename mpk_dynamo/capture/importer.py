@@ -258,6 +258,8 @@ class Importer:
         lowering = LOWERINGS.get(call.op)
         if lowering is None or node.target.namespace != "aten":
             raise call.refuse("this operator has no lowering")
+        if _is_empty(node) or (call.op not in ("cat", "concat") and any(map(_is_empty, node.all_input_nodes))):
+            raise call.refuse("a tensor without elements")
         try:
             return lowering(self, call)
         except Unsupported:
@@ -347,6 +349,11 @@ class Importer:
             shared = [other for other, m in memory_of.items() if m == memory and m is not None]
             if shared:
                 raise Unsupported(f"{name} is written in place and shares its memory with {', '.join(shared)}")
+
+
+def _is_empty(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.numel() == 0
 
 
 def _memory_id(tensor: torch.Tensor) -> int | None:

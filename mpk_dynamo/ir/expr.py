@@ -87,6 +87,10 @@ class Expr:
     def __repr__(self) -> str:
         return render(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {name: getattr(self, name) for name in type(self).__slots__}
+        return _restore, (type(self), self.dtype, self.children, fields)
+
 
 class Var(Expr):
     """A loop variable: an integer in [0, size)."""
@@ -148,6 +152,11 @@ def _make(cls: type, dtype: DType, children: tuple[Expr, ...], **fields: Any) ->
             setattr(found, name, value)
         _INTERNED[key] = found
     return found
+
+
+def _restore(cls: type, dtype: DType, children: tuple[Expr, ...], fields: dict[str, Any]) -> Expr:
+    """Of a pickle or a copy: the interned one."""
+    return _make(cls, dtype, children, **fields)
 
 
 def var(name: str, size: int) -> Var:

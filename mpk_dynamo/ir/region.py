@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from ..errors import LaunchError
 
 Box = tuple[tuple[int, int], ...]  # half-open [start, stop) per dimension; () is a whole 0-d tensor
 
@@ -42,3 +45,22 @@ def box_size(box: Box) -> int:
 
 def whole(shape: tuple[int, ...]) -> Box:
     return tuple((0, s) for s in shape)
+
+
+Span = tuple[int, int, bool, str]  # addresses [start, stop), whether it is written, name
+
+
+def check_apart(spans: Iterable[Span]) -> None:
+    """Raises LaunchError when two spans share a byte and one of them is written: the order of the program's accesses
+    was made for tensors that are apart."""
+    last, written = (0, ""), (0, "")  # the furthest stop so far, of all and of those that are written
+    for start, stop, writes, name in sorted(spans):
+        other, found = last if writes else written
+        if start < other and start < stop:
+            raise LaunchError(
+                f"{found} and {name} share memory, and one of them is written in place",
+                remedy="pass a clone() of one of them",
+            )
+        last = max(last, (stop, name))
+        if writes:
+            written = max(written, (stop, name))

@@ -70,6 +70,13 @@ class Buffer:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def span_bytes(self) -> int:
+        """From its first element to behind its last one, whatever the strides are."""
+        if not self.numel:
+            return 0
+        return (1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides))) * self.dtype.itemsize
+
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from ..errors import LaunchError
 from ..ir.graph import Graph, Output
+from ..ir.region import Span, check_apart
 from ..ir.types import Buffer, BufferKind
 from ..ops.evaluate import TORCH_DTYPE
 from .launch import Binding, Executable
@@ -79,6 +81,8 @@ class DeviceCallable:
         self._inputs = [(c.word, c.argument, c.mask) for c in callers if c.buffer.kind is BufferKind.INPUT]
         self._pick = _picker([c.argument for c in self._stable])
         self._callers = callers
+        self._writes = any(c.buffer.kind is BufferKind.STATE for c in callers)
+        self._input_spans = [(c.buffer.span_bytes, c.buffer.name) for c in callers if c.buffer.kind is BufferKind.INPUT]
         self._made = [(word, b.shape, TORCH_DTYPE[b.dtype]) for word, b in made]
         position = {b.name: i for i, (_, b) in enumerate(made)}
         self._results = [self._result(output, position, arguments) for output in graph.outputs]
@@ -96,6 +100,8 @@ class DeviceCallable:
             if addresses != binding.stable:
                 self._rebind(binding, addresses, args)
             words, keep = binding.words, []
+            if self._writes:
+                self._check_inputs(args, binding.written)
             for word, argument, mask in self._inputs:
                 address = args[argument].data_ptr()
                 if address & mask:
@@ -128,7 +134,22 @@ class DeviceCallable:
                     remedy="pass a tensor that owns its storage, e.g. a clone() of the view",
                 )
             binding.words[caller.word] = address
+        if self._writes:
+            spans = [
+                (address, address + c.buffer.span_bytes, c.buffer.kind is BufferKind.STATE, c.buffer.name)
+                for c, address in zip(self._stable, addresses, strict=True)
+            ]
+            check_apart(spans)
+            binding.written = sorted(span for span in spans if span[2])
         binding.stable = addresses
+
+    def _check_inputs(self, args: tuple[Any, ...], written: list[Span]) -> None:
+        """Whether an input lies in what is written. What is written is apart, so that its spans' ends are in order."""
+        for (_, argument, _), (size, name) in zip(self._inputs, self._input_spans):
+            start = args[argument].data_ptr()
+            k = bisect.bisect_left(written, (start + size,)) - 1  # the last that begins before its end
+            if k >= 0 and written[k][1] > start:
+                check_apart([written[k], (start, start + size, False, name)])
 
     def _check(self, args: Sequence[Any]) -> None:
         """Whether the arguments are those the program was made for."""

@@ -14,6 +14,7 @@ import numpy as np
 from .. import abi
 from ..errors import DeviceFault, LaunchError
 from ..ir.program import Program
+from ..ir.region import Span
 from .faults import explain
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Binding:
     """The kernel's parameter for one stream, with the arena and the control block that no other stream shares.
 
     `words` are the launch's pointers, in the order of Program.bindings; a caller may write single entries between
-    `Executable.prepared()` and its end. `stable` is free for the caller to remember what it wrote.
+    `Executable.prepared()` and its end. `stable` is free for the caller to remember what it wrote, `written` for where the
+    tensors lie that the launch writes.
     """
 
     def __init__(self, fixed: dict[str, Any], count: int, stream: Any, keep: tuple[Any, ...]) -> None:
@@ -47,6 +49,7 @@ class Binding:
         self._loop = (1, 0)
         self.words = memoryview(self._memory)[_FIXED_BYTES // 8 :].cast("B").cast("Q")
         self.stable: object = None
+        self.written: list[Span] = []
         self._last: tuple[int, ...] | None = None
         self._packer = struct.Struct(f"={count}Q")
         self._params = (ctypes.c_void_p * 1)(self._memory.ctypes.data)

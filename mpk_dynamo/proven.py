@@ -1,0 +1,93 @@
+"""Programs that were proven once, kept beside their kernels.
+
+The key is a hash of all that a program is made of: the captured graph, the number of workers, the target and the
+sources of this package. A program is stored when the verifier has accepted every stage of it, and comes back byte for
+byte or not at all: entries have checksums and owners as kernels do (runtime/cache.py), and only this package's data can
+be in one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import sys
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .ir.program import Program
+from .ir.structure import structure
+from .runtime.cache import Cache, digest
+from .runtime.sources import include_dir
+
+if TYPE_CHECKING:
+    from .ir.graph import Graph
+    from .targets import Target
+
+FORMAT = 1
+
+
+def key_of(graph: "Graph", workers: int, target: "Target") -> str | None:
+    """Hash of what determines a program; None where that cannot be known, as with nodes of others."""
+    try:
+        made_of = structure((graph, workers, target))
+    except TypeError:
+        return None
+    return digest({"program": made_of.encode(), **_makers()})
+
+
+def stored(key: str, cache_dir: str | os.PathLike[str] | None) -> Program | None:
+    """The program of that key, or None."""
+    return load(Program, key, cache_dir)
+
+
+def store(key: str, program: Program, cache_dir: str | os.PathLike[str] | None) -> None:
+    """Keeps a program that is proven. Trouble with the folder is a warning."""
+    save(program, key, cache_dir)
+
+
+def load(kind: type, key: str, cache_dir: str | os.PathLike[str] | None) -> Any:
+    """What `save` has kept under the key, of that class, or None."""
+    found = Cache(cache_dir).get(key)
+    if found is None or found[1].get("kind") != kind.__name__:
+        return None
+    value = _Unpickler(io.BytesIO(zlib.decompress(found[0]))).load()
+    return value if isinstance(value, kind) else None
+
+
+def save(value: Any, key: str, cache_dir: str | os.PathLike[str] | None) -> None:
+    if _sources.__wrapped__() == _sources():  # not edited since they were read
+        data = zlib.compress(pickle.dumps(value, protocol=5), 1)
+        Cache(cache_dir).put(key, data, {"kind": type(value).__name__})
+
+
+def _makers() -> dict[str, Any]:
+    return {"format": FORMAT, "python": list(sys.version_info[:3]), "sources": _sources()}
+
+
+@cache
+def _sources() -> str:
+    """Hash of everything that has a part in making a program: this package, and the device code it refers to."""
+    total = hashlib.sha256()
+    for root, pattern in ((Path(__file__).parent, "*.py"), (include_dir(), "*.cuh")):
+        for path in sorted(root.rglob(pattern)):
+            total.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+_sources()  # now, when what is imported is what the files say
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of this package's data alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("mpk_dynamo.ir.") or (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a stored program")
+
+
+_ALLOWED = {("mpk_dynamo.capture.importer", "Captured"), ("mpk_dynamo.capture.importer", "Alias")}
