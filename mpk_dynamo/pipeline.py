@@ -67,14 +67,15 @@ def compile_captured(
     calls, the first after those that the settings leave out. Without it the setting `profile` says where one is
     written. Raises Unsupported (it has no device form), VerificationError, CompileError."""
     target = place.target
-    schedule = lower(captured.graph, settings.workers or target.sm_count, target, report, dump)
+    workers = settings.workers or target.sm_count
     if not target.is_gpu:
         if settings.profile:
             _log.warning("option 'profile' records kernels; the reference executor has no times worth recording")
+        schedule = lower(captured.graph, workers, target, report, dump)
         compiled = _interpret(captured, schedule, report)
         report.outcome, report.device = "reference", str(place.device)
     else:
-        program = emit(schedule, target, report, dump)
+        program = proven_program(captured.graph, workers, target, settings, report, dump)
         compiled = _load(captured, program, target, place.device, settings, report, observe, recorded)
         report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(place.device), 1
     dump.report(report)
@@ -213,6 +214,28 @@ def emit(schedule: "Schedule", target: "Target", report: Report, dump: Dump) -> 
     dump.text("5-program.txt", printer.print_program, program)
     with report.stage("verify"):
         verify_program(program, target)
+    return program
+
+
+@without_collector
+def proven_program(
+    graph: "Graph", workers: int, target: "Target", settings: Settings, report: Report, dump: Dump
+) -> "Program":
+    """`lower` and `emit`, or their result of an earlier time, which was verified then. A dump has every stage made."""
+    from . import proven
+    from .ir.program import Program
+
+    with report.stage("stored"):
+        key = None if settings.dump_dir else proven.key_of(graph, workers, target)
+        program = proven.load(Program, key, settings.cache_dir or None) if key else None
+    if program is not None:
+        report.target = target.name
+        _describe(report, program.schedule.tasks.graph, program.schedule)
+        return program
+    program = emit(lower(graph, workers, target, report, dump), target, report, dump)
+    if key:
+        with report.stage("stored"):
+            proven.save(program, key, settings.cache_dir or None)
     return program
 
 

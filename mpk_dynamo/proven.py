@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import pickle
 import sys
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .ir.program import Program
+from .errors import CompileError
 from .ir.structure import structure
 from .runtime.cache import Cache, digest
 from .runtime.sources import include_dir
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from .ir.graph import Graph
     from .targets import Target
 
+_log = logging.getLogger("mpk_dynamo")
 FORMAT = 1
+Kept = TypeVar("Kept")
 
 
 def key_of(graph: "Graph", workers: int, target: "Target") -> str | None:
@@ -39,26 +42,21 @@ def key_of(graph: "Graph", workers: int, target: "Target") -> str | None:
     return digest({"program": made_of.encode(), **_makers()})
 
 
-def stored(key: str, cache_dir: str | os.PathLike[str] | None) -> Program | None:
-    """The program of that key, or None."""
-    return load(Program, key, cache_dir)
-
-
-def store(key: str, program: Program, cache_dir: str | os.PathLike[str] | None) -> None:
-    """Keeps a program that is proven. Trouble with the folder is a warning."""
-    save(program, key, cache_dir)
-
-
-def load(kind: type, key: str, cache_dir: str | os.PathLike[str] | None) -> Any:
+def load(kind: type[Kept], key: str, cache_dir: str | os.PathLike[str] | None) -> Kept | None:
     """What `save` has kept under the key, of that class, or None."""
     found = Cache(cache_dir).get(key)
     if found is None or found[1].get("kind") != kind.__name__:
         return None
-    value = _Unpickler(io.BytesIO(zlib.decompress(found[0]))).load()
+    try:
+        value = _Unpickler(io.BytesIO(zlib.decompress(found[0]))).load()
+    except Exception as why:  # whatever is wrong with it, it can be made anew
+        _log.warning("the stored %s %s is not used: %s: %s", kind.__name__, key[:16], type(why).__name__, why)
+        return None
     return value if isinstance(value, kind) else None
 
 
 def save(value: Any, key: str, cache_dir: str | os.PathLike[str] | None) -> None:
+    """Keeps what the verifier has accepted. Trouble with the folder is a warning."""
     if _sources.__wrapped__() == _sources():  # not edited since they were read
         data = zlib.compress(pickle.dumps(value, protocol=5), 1)
         Cache(cache_dir).put(key, data, {"kind": type(value).__name__})
@@ -72,7 +70,12 @@ def _makers() -> dict[str, Any]:
 def _sources() -> str:
     """Hash of everything that has a part in making a program: this package, and the device code it refers to."""
     total = hashlib.sha256()
-    for root, pattern in ((Path(__file__).parent, "*.py"), (include_dir(), "*.cuh")):
+    roots = [(Path(__file__).parent, "*.py")]
+    try:
+        roots.append((include_dir(), "*.cuh"))
+    except CompileError:  # it is said when a kernel is compiled
+        pass
+    for root, pattern in roots:
         for path in sorted(root.rglob(pattern)):
             total.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return total.hexdigest()
@@ -85,9 +88,8 @@ class _Unpickler(pickle.Unpickler):
     """Of this package's data alone."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("mpk_dynamo.ir.") or (module, name) in _ALLOWED:
+        if module.startswith("mpk_dynamo.ir.") and "." not in name:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a stored program")
 
 
-_ALLOWED = {("mpk_dynamo.capture.importer", "Captured"), ("mpk_dynamo.capture.importer", "Alias")}

@@ -12,7 +12,6 @@ from typing import Any
 
 from .errors import OptionError
 
-
 LARGEST = 2**31 - 1
 """Bound of every number without one of its own: what tables and parameters of the kernel hold."""
 

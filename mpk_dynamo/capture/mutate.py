@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..ir import expr as E
 from ..ir.expr import Expr, op
 from ..ir.graph import RowMap
 from .create import fill_value
-from .pointwise import RULES, evaluated
+from .pointwise import RULES, TORCH, evaluated
 from .registry import LOWERINGS, Call, lowers
 from .values import View, bounded, broadcast, convert, points, variables
 
@@ -88,7 +90,10 @@ def in_place(imp: Importer, call: Call) -> View:
     """A pointwise operator whose result goes into its first operand."""
     target: View = call["self"]
     renamed = Call(call.node, "div.rounding", call.arguments) if call.get("rounding_mode") is not None else call
-    return write(imp, call, target, convert(evaluated(renamed, target.shape), target.dtype))
+    value = evaluated(renamed, target.shape)
+    if not torch.can_cast(TORCH[value.dtype], TORCH[target.dtype]):  # eager raises, when it comes to it
+        raise call.refuse(f"its result is {value.dtype.value}, the tensor that it is written to {target.dtype.value}")
+    return write(imp, call, target, convert(value, target.dtype))
 
 
 for _name in tuple(RULES):

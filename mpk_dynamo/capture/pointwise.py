@@ -66,7 +66,7 @@ def _promoted(kind: Kind, signature: tuple[Any, ...]) -> torch.dtype:
     return elementwise_dtypes(*fakes, type_promotion_kind=SAME if kind is TRUTH else kind)[1]
 
 
-_TORCH = {ours: theirs for theirs, ours in DTYPES.items()}
+TORCH = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
 def evaluated(call: Call, shape: tuple[int, ...], arguments: dict[str, Any] | None = None) -> Expr:
@@ -75,7 +75,7 @@ def evaluated(call: Call, shape: tuple[int, ...], arguments: dict[str, Any] | No
     found = RULES[name]
     values = [(arguments or call.arguments).get(x) for x in found.operands]
     signature = tuple(
-        (_TORCH[v.dtype], not v.shape) if isinstance(v, View) else type(v) for v in values if v is not None
+        (TORCH[v.dtype], not v.shape) if isinstance(v, View) else type(v) for v in values if v is not None
     )
     if any(isinstance(s, type) and s not in (bool, int, float) for s in signature):
         raise call.refuse(f"operands {[getattr(s, '__name__', s) for s in signature]}")
@@ -90,7 +90,7 @@ def evaluated(call: Call, shape: tuple[int, ...], arguments: dict[str, Any] | No
             operands.append(convert(element, wide(common)))
         elif v is not None:
             # comparisons look at numbers rounded to the tensor's type, arithmetic keeps them in the wide type
-            exact = torch.tensor(v, dtype=_TORCH[common]).item() if found.kind is TRUTH else v
+            exact = torch.tensor(v, dtype=TORCH[common]).item() if found.kind is TRUTH else v
             operands.append(constant(exact, wide(common)))
         else:
             operands.append(None)
@@ -489,7 +489,7 @@ def _masked_fill(call: Call, x: Expr) -> Expr:
     if isinstance(value, View):
         filled = convert(convert(value.load(()), kept), x.dtype)
     else:
-        filled = scalar(torch.tensor(value, dtype=_TORCH[kept]).item(), x)
+        filled = scalar(torch.tensor(value, dtype=TORCH[kept]).item(), x)
     return E.where(_truth(call, "mask", call.shape), filled, x)
 
 

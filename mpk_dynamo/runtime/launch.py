@@ -35,8 +35,8 @@ class Binding:
     """The kernel's parameter for one stream, with the arena and the control block that no other stream shares.
 
     `words` are the launch's pointers, in the order of Program.bindings; a caller may write single entries between
-    `Executable.prepared()` and its end. `stable` is free for the caller to remember what it wrote, `written` for where the
-    tensors lie that the launch writes.
+    `Executable.prepared()` and its end. `stable` is free for the caller to remember what it wrote, `written` for where
+    the tensors lie that the launch writes.
     """
 
     def __init__(self, fixed: dict[str, Any], count: int, stream: Any, keep: tuple[Any, ...]) -> None:
