@@ -128,11 +128,11 @@ def other(x: torch.Tensor, what: Any) -> Any:
     if what == "a view of it":
         return x.view(x.shape)
     if what == "its rows turned":
-        return x.transpose(0, -1) if x.dim() > 1 and x.shape[0] == x.shape[-1] else x[..., :1]
+        return x.transpose(0, -1) if x.dim() > 1 and x.shape[0] == x.shape[-1] else x.view(x.shape)
     if what == "shifted by one":
         storage = x.as_strided((x.untyped_storage().nbytes() // max(x.element_size(), 1),), (1,), 0)
         size = x.numel()
-        return storage[1 : 1 + size].view(x.shape) if storage.numel() > size else x[..., :1]
+        return storage[1 : 1 + size].view(x.shape) if storage.numel() > size else x.view(x.shape)
     return torch.empty(x.shape, dtype=x.dtype, device="meta") if what == "meta" else what
 
 
@@ -181,6 +181,15 @@ def test_arguments_that_share_memory(name: str, second: str) -> None:
     """Nothing of Dynamo's guards tells them from others."""
     check((name, USUAL, second, True))
     check((name, (torch.float32, (2, WIDTH), "shifted", "normal"), second, True))
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+@pytest.mark.parametrize("shape", [(0, WIDTH), (2, 0)])
+def test_tensors_without_elements(name: str, shape: tuple[int, ...]) -> None:
+    empty = torch.float32, shape, "contiguous", "nan"
+    if name != "parts" or shape[-1] == WIDTH:
+        check((name, empty, empty, True))
+    check((name, (torch.float32, (1, WIDTH), "contiguous", "normal"), empty, False))
 
 
 def test_spans_that_share_memory() -> None:

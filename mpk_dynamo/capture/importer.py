@@ -258,7 +258,9 @@ class Importer:
         lowering = LOWERINGS.get(call.op)
         if lowering is None or node.target.namespace != "aten":
             raise call.refuse("this operator has no lowering")
-        if _is_empty(node) or (call.op not in ("cat", "concat") and any(map(_is_empty, node.all_input_nodes))):
+        if _is_empty(node):  # nothing is computed, and nothing written
+            return whole(Memory(call.name, call.dtype, call.shape, body=create.fill_value(0, call.dtype)))
+        if call.op not in ("cat", "concat") and any(map(_is_empty, node.all_input_nodes)):
             raise call.refuse("a tensor without elements")
         try:
             return lowering(self, call)
@@ -316,6 +318,8 @@ class Importer:
             return Output(constant=value)
         if not isinstance(value, View):
             raise refusal(node, f"the graph returns {type(value).__name__}, not a tensor or a number")
+        if 0 in value.shape:
+            raise refusal(node, "the graph returns a tensor without elements")
         memory = value.memory
         if value.whole and memory.caller:
             return Output(buffer=memory.buffer)
