@@ -30,13 +30,14 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, device: torch.devi
 
 @dataclass
 class Generation:
-    """What one generation left behind."""
+    """What one generation left behind. args: what the loop's launches were given."""
 
     state: LoopState
     prompt: torch.Tensor
     cache: StaticCache
     fed: dict[str, Any]
     ran: list[int]
+    args: tuple[Any, ...] = ()
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -61,8 +62,10 @@ class Decoding:
         seed: int = 5,
         eos: Sequence[int] = (),
         sequence_ids: torch.Tensor | None = None,
+        room: int = 0,
     ) -> Generation:
-        """Prefill and the first token on the host, then launches of so many steps each."""
+        """Prefill and the first token on the host, then launches of so many steps each. room: for how many more steps
+        the state has room."""
         batch, vocab = self.batch, self.model.config.vocab_size
         prompt = torch.randint(2, vocab, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).to(self.device)
         visible = torch.arange(PROMPT)[None] >= torch.tensor(self.pads)[:, None]
@@ -73,7 +76,7 @@ class Decoding:
                 prompt, attention_mask=visible.long().to(self.device), position_ids=positions, past_key_values=cache
             )
             state = LoopState.create(
-                batch, 1 + sum(launches), self.device, vocab, self.sampling, eos=eos, pad=0, seed=seed, seen_ids=prompt,
+                batch, 1 + sum(launches) + room, self.device, vocab, self.sampling, eos=eos, pad=0, seed=seed, seen_ids=prompt,
                 sequence_ids=sequence_ids,
             )  # fmt: skip
             token = state.choose(out.logits[:, -1])
@@ -95,6 +98,7 @@ class Decoding:
             loop, outputs = self._loop, len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
 
             def call(*args: Any) -> tuple[Any, ...]:
+                made.args = args
                 made.ran += [loop(args, made.state, n) for n in launches]
                 return (None,) * outputs
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import DEVICE, ON_GPU, Step, emit, gpu, kernel_only, lower, target
-from loops import Decoding, model_of
+from loops import PROMPT, Decoding, model_of
 
+from mpk_dynamo import abi
 from mpk_dynamo.errors import DeviceFault
 from mpk_dynamo.ir.types import DType
 from mpk_dynamo.loop import Sampling
@@ -29,9 +30,9 @@ def options(cache_dir):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family, batch", [("llama", 1), ("qwen3", 3)])
+@pytest.mark.parametrize("family, batch", [("llama", 1), ("qwen3", 3), ("qwen3", 16)])
 def test_every_number_of_steps_gives_the_tokens_of_the_reference(family, batch, sampling, options):
-    pads = tuple(range(batch))
+    pads = tuple(row % 5 for row in range(batch))
     reference = Decoding(model_of(family), sampling, batch, pads, device="reference").generate([14])
     decoding = Decoding(model_of(family, device=DEVICE), sampling, batch, pads, **options)
     for launches in LAUNCHES:
@@ -67,6 +68,34 @@ def test_the_launch_ends_when_all_sequences_are_finished(options):
         assert row == whole[: end + 1] + [0] * (last - end)
     again = decoding.generate([30])  # the loader gave up in the middle of its weights: the next launch starts afresh
     assert torch.equal(again.tokens, free)
+
+
+def test_launches_behind_the_end_run_no_step(options):
+    decoding = Decoding(model_of("llama", device=DEVICE), GREEDY, 2, **options)
+    free = decoding.generate([20]).tokens
+    eos = [int(free[0, 4]), int(free[1, 6])]
+    last = max(next(i for i, t in enumerate(row.tolist()) if t in eos) for row in free)
+    made = decoding.generate([], eos=eos, room=40)
+    ahead = [decoding._loop.start(made.args, made.state, 10, tokens=True) for _ in range(4)]  # nobody waits in between
+    assert [one.wait() for one in ahead] == [(last + 1, True)] * 4
+    assert torch.equal(ahead[0].tokens[:, :last], made.state.tokens[:, 1 : last + 1].cpu())
+    assert {int(layer.cumulative_length) for layer in made.cache.layers} == {PROMPT + last}
+    assert torch.equal(decoding.generate([20]).tokens, free)  # another generation starts afresh
+
+
+@kernel_only
+def test_several_steps_inside_a_graph(options):
+    decoding = Decoding(model_of("llama", device=DEVICE), SAMPLED, 2, **options)
+    expected = decoding.generate([3, 24]).tokens
+    made = decoding.generate([3], room=24)
+    state, loop = made.state, decoding._loop
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop._run((*made.args, *(state.storages[name] for name in loop._storages)), 8, state.done)
+    for _ in range(3):
+        graph.replay()
+    assert state.read() == (28, False)
+    assert torch.equal(made.tokens, expected)
 
 
 def scores(kind: str, rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
@@ -137,3 +166,34 @@ def test_a_signal_that_is_missing_in_a_launch_of_several_steps_is_a_fault(cache_
         decoding.generate([20])
     works = torch.ones(3, device=DEVICE) * 2
     assert works.sum().item() == 6
+
+
+@kernel_only
+def test_a_signal_that_is_missing_in_a_later_step_is_a_fault(cache_dir):
+    """One event wants one signal more than it gets, and has three steps' worth of them in advance."""
+    decoding = Decoding(model_of("llama", device=DEVICE), GREEDY, 1, cache_dir=str(cache_dir), timeout_s=0.3)
+    decoding.generate([4])
+    executable = decoding._loop._run.__self__.executable
+    program = executable.program
+    made = program.schedule.tasks
+    (task,) = [t.id for t in made.tasks if made.graph.nodes[t.node].name == "loop_done"]
+    tables = decode(program)
+    (row,) = [t for t in tables["tasks"] if t["id"] == task]
+    waits = tables["waits"].copy()
+    assert row["wait_count"] == 1
+    wait = waits[row["waits"]]
+    slot = int(wait["slot"])
+    (binding,) = executable._bindings.values()
+    control = binding._keep[1].view(torch.int32)
+    done = int(control[abi.CONTROL_EPOCH])
+    if (waits["slot"] == slot).sum() > 1:
+        pytest.skip("other tasks wait for the same event")
+    wait["count"] += 1
+    control[abi.CONTROL_EVENTS + slot * abi.EVENT_STRIDE] += done + 3
+    start = executable._fixed["tables"][2] - executable._tables.data_ptr()
+    new = torch.frombuffer(bytearray(waits.tobytes()), dtype=torch.uint8)
+    executable._tables[start : start + len(new)].copy_(new)
+    made = decoding.generate([], room=20)
+    with pytest.raises(DeviceFault, match=f"loop_done.*an event did not arrive.*step {done + 3}"):
+        decoding._loop(made.args, made.state, 20)
+    assert int(made.state.step) in (4, 5), "three whole steps, and the fourth up to the missing signal"
