@@ -75,8 +75,9 @@ class Decoding:
             out = self.model(
                 prompt, attention_mask=visible.long().to(self.device), position_ids=positions, past_key_values=cache
             )
+            most = 1 + sum(launches) + room
             state = LoopState.create(
-                batch, 1 + sum(launches) + room, self.device, vocab, self.sampling, eos=eos, pad=0, seed=seed, seen_ids=prompt,
+                batch, most, self.device, vocab, self.sampling, eos=eos, pad=0, seed=seed, seen_ids=prompt,
                 sequence_ids=sequence_ids,
             )  # fmt: skip
             token = state.choose(out.logits[:, -1])
