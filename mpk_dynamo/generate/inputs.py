@@ -35,9 +35,20 @@ def counting_layers(inputs: dict[str, Any]) -> list[Any]:
     return [layer for layer in cache_of(inputs).layers if hasattr(layer, "cumulative_length_int")]
 
 
-def room_in_window(inputs: dict[str, Any]) -> int | None:
-    """How many steps until a sliding window is full, from where on each step moves the cache; None without one."""
-    return min((x.max_cache_len - x.cumulative_length_int for x in counting_layers(inputs)), default=None)
+def full_windows(inputs: dict[str, Any]) -> list[Any]:
+    """Sliding windows that are full: each step moves their keys and values by one."""
+    return [x for x in counting_layers(inputs) if x.cumulative_length_int >= x.max_cache_len]
+
+
+def room_in_window(inputs: dict[str, Any], masks: list[Any]) -> int | None:
+    """How many steps the loop may run: until a sliding window is full, and none while a full one has padding inside,
+    which moves from step to step. None where no window sets a limit. masks: see fed_of."""
+    full = full_windows(inputs)
+    moving = {x.max_cache_len for x in full}
+    if any(m.shape[-1] in moving and not bool((m if m.dtype is torch.bool else m == 0).all()) for m in masks):
+        return 0
+    rooms = [x.max_cache_len - x.cumulative_length_int for x in counting_layers(inputs)]
+    return min((room for room in rooms if room > 0), default=None)
 
 
 def count(inputs: dict[str, Any], steps: int) -> None:

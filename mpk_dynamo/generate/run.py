@@ -12,8 +12,9 @@ import torch
 
 from ..errors import Unsupported
 from ..loop import Launched, LoopState, Sampling
+from ..loop.state import CAPACITY
 from ..settings import Settings
-from .inputs import count, fed_of, room_in_window
+from .inputs import count, fed_of, full_windows, room_in_window
 from .launches import LoopForward, Segment, compiled_step, loop_forward, notice
 from .request import Stopping, cache_of, penalised_ids
 
@@ -97,8 +98,10 @@ class Generation:
 
     def _segment(self, forward: LoopForward, pace: "Pace", inputs: dict[str, Any]) -> None:
         """Launches until all is over, or the host has to prepare the inputs anew."""
-        room = room_in_window(inputs)
         segment = Segment(inputs, fed_of(inputs), self.state, reads=self.streamer is not None)
+        room = room_in_window(inputs, segment.fed["masks"])
+        # what leaves a full window cannot be taken back
+        longest = 1 if self.stopping.host and full_windows(inputs) else CAPACITY
         last = self.stopping.max_length if room is None else min(self.stopping.max_length, self.length + room)
         length, first = self.length, True  # the length once all launches under way are done
         under_way: collections.deque[Launched] = collections.deque()
@@ -106,7 +109,7 @@ class Generation:
         uncounted = 1  # the model's own code runs once, and counts the first step itself
         while not self.over:
             while len(under_way) < most and (first or (segment.repeat is not None and length < last)):
-                steps = min(pace.steps, last - length)
+                steps = min(pace.steps, last - length, longest)
                 if first:
                     self._first(forward, segment, steps)
                 else:

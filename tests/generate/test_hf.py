@@ -305,21 +305,29 @@ def test_a_step_without_a_loop_goes_one_by_one(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_a_sliding_window_fills_and_goes_on(launched: list[int], family: str):
-    """Until the window is full the loop runs; from then on each step moves the cache, and is a launch of its own.
-    Gemma 3 has a mask for each kind of layer."""
+    """Launches go on in a full window, which each step moves, once padding has left it. Gemma 3 has a mask for each
+    kind of layer."""
     torch._dynamo.reset()
     kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
     model = make(family, sliding_window=14, **kinds)
     theirs = one_step(model)
     mpk_dynamo.enable(model, max_cache_len=CAPACITY, fallback="error", loop_steps=4)
-    for length in (6, 8):
-        inputs = {"input_ids": prompts(1, length)["input_ids"]}
-        launched.clear()
-        ours = model.generate(**inputs, **GREEDY, max_new_tokens=14)
-        assert torch.equal(ours.sequences, theirs.generate(**inputs, **GREEDY, max_new_tokens=14).sequences)
-        for layer in cache_of(ours).layers:
-            assert getattr(layer, "cumulative_length_int", int(layer.cumulative_length)) == length + 13
-        assert sum(launched) >= 14 - length
+    for length, padding in ((6, 0), (8, 0), (12, 9)):
+        inputs = prompts(1, length)
+        if padding:
+            inputs = {name: torch.cat([t, t]) for name, t in inputs.items()}
+            inputs["input_ids"][1, :padding] = inputs["attention_mask"][1, :padding] = 0
+        for stopping in ((), (StopAt(*[length + 20] * (1 + bool(padding))),)):
+            launched.clear()
+            how = {**inputs, **GREEDY, "max_new_tokens": 26}
+            ours = model.generate(**how, stopping_criteria=StoppingCriteriaList(stopping))
+            wanted = theirs.generate(**how, stopping_criteria=StoppingCriteriaList(map(copy.copy, stopping)))
+            assert torch.equal(ours.sequences, wanted.sequences)
+            new = ours.sequences.shape[1] - length
+            for layer in cache_of(ours).layers:
+                assert getattr(layer, "cumulative_length_int", int(layer.cumulative_length)) == length + new - 1
+            if not padding and not stopping:
+                assert launched[-3:] == [4, 4, launched[-1]] and sum(launched) >= new - 2
 
 
 @pytest.mark.slow
