@@ -165,15 +165,19 @@ class Generation:
             self.over = ended or self.length >= self.stopping.max_length
         else:
             self._copy(chosen)
-            self._check(self.state.tokens[:, start:chosen])
+            aware = self._check(self.state.tokens[:, start:chosen])
             self.copied = self.length - self.prompt
+            if not self.over and (self.copied < chosen or not aware):
+                seen = penalised_ids(self.processors, self._known(), self.vocabulary)
+                self.state.rewind(self.copied, ~self.unfinished, seen)
         if self.streamer is not None:
             for token in launched.tokens[:, : self.length - self.prompt - start].unbind(1):
                 self.streamer.put(token)
         return chosen - start
 
-    def _check(self, new: torch.Tensor) -> None:
-        """Ask the criteria about one new token after the other, as HF's loop does."""
+    def _check(self, new: torch.Tensor) -> bool:
+        """Ask the criteria about one new token after the other, as HF's loop does, until one ends a sequence. Returns
+        whether the state is aware of all sequences that have ended."""
         for column in range(new.shape[1]):
             self.length += 1
             going = self.unfinished & ~self.criteria(self._known(), None)
@@ -184,16 +188,14 @@ class Generation:
             self.unfinished = going
             self.over = not bool(going.any())
             if self.over or (self.stopping.pads and not known):
-                return  # what was chosen beyond this token did not know that a sequence had ended
+                return known  # what was chosen beyond this token did not know that a sequence had ended
+        return True
 
     def _take_back(self, inputs: dict[str, Any], steps: int) -> None:
         """Undo the last `steps` steps: later steps overwrite their keys and values."""
         for layer in self.cache.layers:
             layer.cumulative_length.sub_(steps)
         count(inputs, -steps)
-        if not self.over:
-            seen = penalised_ids(self.processors, self._known(), self.vocabulary)
-            self.state.rewind(self.length - self.prompt, ~self.unfinished, seen)
 
     def result(self) -> Any:
         """Ids [B, length], or HF's output object."""

@@ -133,14 +133,18 @@ def test_streamer_gets_what_hf_hands_it(pair: Any):
     assert mine.got == other.got and mine.ended == other.ended == 1
 
 
-@pytest.mark.parametrize(("eos", "stops"), [(False, (11, 11)), (False, (9, 13)), (True, (9, 13)), (True, (13, 10))])
-def test_custom_criteria_cut_within_a_launch(pair: Any, eos: bool, stops: tuple[int, ...]):
+@pytest.mark.parametrize(
+    ("eos", "stops", "steps"),
+    [(False, (11, 11), 6), (False, (9, 13), 6), (True, (9, 13), 6), (True, (13, 10), 6), (True, (10, 13), 1),
+     (True, (7, 12), 5)],
+)  # fmt: skip
+def test_custom_criteria_cut_within_a_launch(pair: Any, eos: bool, stops: tuple[int, ...], steps: int):
     """A row that a criterion ends gets padding if there are eos ids, and goes on otherwise: as in HF's loop."""
     ours, theirs = pair
     how = {**prompts(2), **GREEDY, "max_new_tokens": 14, "eos_token_id": 127 if eos else None}
     mine, other = StopAt(*stops), StopAt(*stops)
     expected = theirs.generate(**how, stopping_criteria=StoppingCriteriaList([other]))
-    out = ours.generate(**how, stopping_criteria=StoppingCriteriaList([mine]), compile_config=with_steps(6))
+    out = ours.generate(**how, stopping_criteria=StoppingCriteriaList([mine]), compile_config=with_steps(steps))
     assert_equal(out, expected)
     assert mine.asked == other.asked, "the criterion must be asked about each token once, in order"
     assert out.sequences.shape[1] == max(stops)
