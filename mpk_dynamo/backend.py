@@ -14,7 +14,7 @@ from .dump import Dump
 from .errors import MpkError, Unsupported
 from .fallback import Deferred, fall_back
 from .pieces import compile_pieces
-from .pipeline import Place, capture_graph, compile_captured
+from .pipeline import Place, capture_graph, compile_captured, store_of
 from .progress import progress
 from .report import Report, record
 from .repro import script
@@ -104,7 +104,7 @@ def _compile(
     place, dump = Place.of(example_inputs, settings), Dump(settings.dump_dir, gm, report)
     dump.text("repro.py", lambda g: script(g, example_inputs, settings), gm)
     try:
-        captured = capture_graph(gm, example_inputs, report, dump)
+        captured = capture_graph(gm, example_inputs, report, dump, store_of(place, settings))
     except Unsupported as why:
         if why.passing or settings.fallback == "error":
             raise

@@ -106,7 +106,7 @@ def compile_loop(
 
     place = Place.of(example_inputs, settings)
     dump = Dump(settings.dump_dir, gm, report)
-    captured = capture_graph(gm, example_inputs, report, dump)
+    captured = capture_graph(gm, example_inputs, report, dump, store_of(place, settings))
     graph = append_loop(captured.graph, _feed(captured, example_inputs, fed), sampling)
     dump.text("1-loop.txt", printer.print_graph, graph)
     with report.stage("verify"):
@@ -145,8 +145,11 @@ def _feed(captured: "Captured", example_inputs: Sequence[Any], fed: Mapping[str,
 
 
 @without_collector
-def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump) -> "Captured":
-    """Dynamo's graph as a verified, unfused Graph."""
+def capture_graph(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump, store: Settings | None = None
+) -> "Captured":
+    """Dynamo's graph as a verified, unfused Graph. With `store`, a capture of an earlier time is looked for in the
+    cache folder of these settings, and a new one kept there."""
     from .capture import capture
     from .verify import verify_graph
 
@@ -161,12 +164,33 @@ def capture_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], repor
                 for k, a in captured.aliases.items()
             }
             captured = dataclasses.replace(captured, arguments=arguments, aliases=aliases)
+        elif store is not None:
+            captured = _stored_capture(gm, example_inputs, store)
         else:
             captured = capture(gm, example_inputs)
     report.captured_nodes = len(captured.graph.nodes)
     dump.text("1-captured.txt", printer.print_graph, captured.graph)
     with report.stage("verify"):
         verify_graph(captured.graph)
+    return captured
+
+
+def store_of(place: Place, settings: Settings) -> Settings | None:
+    """Settings for what is kept between processes. A dump has every stage made."""
+    return settings if place.target.is_gpu and not settings.dump_dir else None
+
+
+def _stored_capture(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> "Captured":
+    from . import proven
+    from .capture import capture
+
+    folder = settings.cache_dir or None
+    key = proven.key_of_capture(gm, example_inputs)
+    captured = proven.load_capture(key, folder) if key else None
+    if captured is None:
+        captured = capture(gm, example_inputs)
+        if key:
+            proven.save_capture(captured, key, folder)
     return captured
 
 

@@ -1,13 +1,15 @@
-"""Programs that were proven once, kept beside their kernels.
+"""Programs that were proven once, and captures of Dynamo's graphs, kept beside the kernels.
 
-The key is a hash of all that a program is made of: the captured graph, the number of workers, the target and the
+The key of a program is a hash of all that it is made of: the captured graph, the number of workers, the target and the
 sources of this package. A program is stored when the verifier has accepted every stage of it, and comes back byte for
 byte or not at all: entries have checksums and owners as kernels do (runtime/cache.py), and only this package's data can
-be in one.
+be in one. The key of a capture is a hash of Dynamo's graph and of everything else that capturing it depends on; the
+verifier looks at a captured graph that comes back as it looks at a new one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import logging
@@ -15,16 +17,21 @@ import os
 import pickle
 import sys
 import zlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .capture import Alias, Captured
+from .capture.identity import identity
 from .errors import CompileError
 from .ir.structure import structure
 from .runtime.cache import Cache, digest
 from .runtime.sources import include_dir
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from .ir.graph import Graph
     from .targets import Target
 
@@ -40,6 +47,28 @@ def key_of(graph: "Graph", workers: int, target: "Target") -> str | None:
     except TypeError:
         return None
     return digest({"program": made_of.encode(), **_makers()})
+
+
+def key_of_capture(gm: "fx.GraphModule", example_inputs: Sequence[Any]) -> str | None:
+    """Hash of what determines a capture; None where that cannot be known."""
+    made_of = identity(gm, example_inputs)
+    return digest({"capture": made_of.encode(), **_makers()}) if made_of is not None else None
+
+
+def load_capture(key: str, cache_dir: str | os.PathLike[str] | None) -> Captured | None:
+    found = load(tuple, key, cache_dir)
+    if found is None:
+        return None
+    graph, arguments, sources, total, report, aliases = found
+    return Captured(graph, arguments, {}, sources, total, report, {k: Alias(*a) for k, a in aliases.items()})
+
+
+def save_capture(captured: Captured, key: str, cache_dir: str | os.PathLike[str] | None) -> None:
+    """Keeps a capture, unless it holds tensors that tracing made."""
+    c = captured
+    if not c.constants:
+        aliases = {k: dataclasses.astuple(a) for k, a in c.aliases.items()}
+        save((c.graph, c.arguments, c.sources, c.nodes_total, c.report, aliases), key, cache_dir)
 
 
 def load(kind: type[Kept], key: str, cache_dir: str | os.PathLike[str] | None) -> Kept | None:

@@ -1,5 +1,5 @@
 """Capture: the only part that knows torch.fx. Dynamo's graph -> `ir.Graph`."""
 
-from .importer import Captured, capture
+from .importer import Alias, Captured, capture
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Alias", "Captured", "capture"]
