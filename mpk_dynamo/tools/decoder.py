@@ -72,6 +72,6 @@ def step_bytes(model: "PreTrainedModel", batch: int, position: int) -> int:
     if embedding is not head:
         total -= (embedding.shape[0] - batch) * embedding.shape[1] * embedding.element_size()
     config = model.config
-    heads = config.num_key_value_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return total + 2 * config.num_hidden_layers * batch * heads * size * (position + 1) * embedding.element_size()
