@@ -272,7 +272,12 @@ def _floor_divide(x: Expr, y: Expr) -> Expr:
     if not x.dtype.is_float:
         return op("floordiv", x, y)
     # x - remainder is a multiple of y, so the quotient is whole up to rounding
-    return op("round", op("div", op("sub", x, op("mod", x, y)), y))
+    quotient = op("round", op("div", op("sub", x, op("mod", x, y)), y))
+    zero = scalar(0, x)
+    same = op("eq", op("lt", x, zero), op("lt", y, zero))
+    below = E.where(op("or", same, op("eq", x, zero)), zero, scalar(-1, x))  # a finite x over an infinite y
+    infinite = op("and", op("eq", op("abs", y), scalar(math.inf, y)), op("lt", op("abs", x), scalar(math.inf, x)))
+    return E.where(op("eq", y, zero), op("div", x, y), E.where(infinite, below, quotient))
 
 
 @rule("div divide", "self other", FLOAT)
