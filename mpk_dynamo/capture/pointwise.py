@@ -273,11 +273,13 @@ def _floor_divide(x: Expr, y: Expr) -> Expr:
         return op("floordiv", x, y)
     # x - remainder is a multiple of y, so the quotient is whole up to rounding
     quotient = op("round", op("div", op("sub", x, op("mod", x, y)), y))
-    zero = scalar(0, x)
-    same = op("eq", op("lt", x, zero), op("lt", y, zero))
-    below = E.where(op("or", same, op("eq", x, zero)), zero, scalar(-1, x))  # a finite x over an infinite y
-    infinite = op("and", op("eq", op("abs", y), scalar(math.inf, y)), op("lt", op("abs", x), scalar(math.inf, x)))
-    return E.where(op("eq", y, zero), op("div", x, y), E.where(infinite, below, quotient))
+    zero, infinity, plain = scalar(0, x), scalar(math.inf, x), op("div", x, y)
+    finite = op("lt", op("abs", x), infinity)
+    overflows = op("or", op("eq", y, zero), op("and", finite, op("eq", op("abs", plain), infinity)))
+    same_sign = op("eq", op("lt", x, zero), op("lt", y, zero))
+    below = E.where(op("or", same_sign, op("eq", x, zero)), zero, scalar(-1, x))
+    tiny = op("and", finite, op("eq", op("abs", y), infinity))
+    return E.where(overflows, plain, E.where(tiny, below, quotient))
 
 
 @rule("div divide", "self other", FLOAT)

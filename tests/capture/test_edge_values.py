@@ -78,24 +78,34 @@ def test_unary(name: str) -> None:
         check(name, function, edges(dtype).repeat_interleave(REPEATS))
 
 
+def pairs(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every pair of edge values for which the operator's result is defined."""
+    values = edges(dtype)
+    x, y = values.repeat_interleave(len(values)), values.repeat(len(values))
+    if dtype.is_floating_point and name in FUSED | FLOORED:
+        sizes = torch.stack((x, y)).abs().double()
+        if name in FUSED:
+            kept = (sizes <= torch.finfo(dtype).max / 4).all(0)
+        else:
+            kept = ((sizes == 0) | (sizes >= torch.finfo(dtype).smallest_normal) | sizes.isnan()).all(0)
+        x, y = x[kept], y[kept]
+    if not dtype.is_floating_point and name in UNDEFINED_FOR_INTEGERS:
+        # the most negative value over -1 traps, and these functions divide by -(y * y + 1) and the like as well
+        kept = (y != 0) & ((x != torch.iinfo(dtype).min) | (x == 0))
+        x, y = x[kept], y[kept]
+    return x, y
+
+
 @pytest.mark.parametrize("name", BINARY)
 def test_binary(name: str) -> None:
     function, dtypes = BINARY[name]
     for dtype in dtypes:
-        values = edges(dtype)
-        x, y = values.repeat_interleave(len(values)), values.repeat(len(values))
-        if dtype.is_floating_point and name in FUSED | FLOORED:
-            sizes = torch.stack((x, y)).abs().double()
-            if name in FUSED:
-                kept = (sizes <= torch.finfo(dtype).max / 4).all(0)
-            else:
-                kept = ((sizes == 0) | (sizes >= torch.finfo(dtype).smallest_normal) | sizes.isnan()).all(0)
-            x, y = x[kept], y[kept]
-        if not dtype.is_floating_point and name in UNDEFINED_FOR_INTEGERS:
-            # the most negative value over -1 traps, and these functions divide by -(y * y + 1) and the like as well
-            kept = (y != 0) & ((x != torch.iinfo(dtype).min) | (x == 0))
-            x, y = x[kept], y[kept]
-        check(name, function, x, y)
+        check(name, function, *pairs(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", list(SLACK), ids=str)
+def test_floor_division_by_anything(dtype: torch.dtype) -> None:
+    check("floor_divide", lambda x, y: torch.div(x, y, rounding_mode="floor"), *pairs("floor_divide", dtype))
 
 
 UNDEFINED_FOR_INTEGERS = frozenset(("div.rounding", "floor_divide", "remainder", "fmod", "pow"))
