@@ -9,9 +9,11 @@ import torch
 from ..ir import expr as E
 from ..ir.expr import Expr, op
 from ..ir.graph import RowMap
+from ..ops.evaluate import TORCH_DTYPE
 from .create import fill_value
-from .pointwise import RULES, TORCH, evaluated
+from .pointwise import evaluated
 from .registry import LOWERINGS, Call, lowers
+from .rules import RULES
 from .values import View, bounded, broadcast, convert, points, variables
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def in_place(imp: Importer, call: Call) -> View:
     target: View = call["self"]
     renamed = Call(call.node, "div.rounding", call.arguments) if call.get("rounding_mode") is not None else call
     value = evaluated(renamed, target.shape)
-    if not torch.can_cast(TORCH[value.dtype], TORCH[target.dtype]):  # eager raises, when it comes to it
+    if not torch.can_cast(TORCH_DTYPE[value.dtype], TORCH_DTYPE[target.dtype]):  # eager raises, when it comes to it
         raise call.refuse(f"its result is {value.dtype.value}, the tensor that it is written to {target.dtype.value}")
     return write(imp, call, target, convert(value, target.dtype))
 
