@@ -15,10 +15,13 @@ import io
 import logging
 import os
 import pickle
+import pkgutil
 import sys
+import types
 import zlib
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,16 +46,18 @@ Kept = TypeVar("Kept")
 def key_of(graph: "Graph", workers: int, target: "Target") -> str | None:
     """Hash of what determines a program; None where that cannot be known, as with nodes of others."""
     try:
-        made_of = structure((graph, workers, target))
+        return digest({"program": structure((graph, workers, target)).encode(), **_makers()})
     except TypeError:
         return None
-    return digest({"program": made_of.encode(), **_makers()})
 
 
 def key_of_capture(gm: "fx.GraphModule", example_inputs: Sequence[Any]) -> str | None:
     """Hash of what determines a capture; None where that cannot be known."""
     made_of = identity(gm, example_inputs)
-    return digest({"capture": made_of.encode(), **_makers()}) if made_of is not None else None
+    try:
+        return digest({"capture": made_of.encode(), **_makers()}) if made_of is not None else None
+    except TypeError:
+        return None
 
 
 def load_capture(key: str, cache_dir: str | os.PathLike[str] | None) -> Captured | None:
@@ -92,7 +97,45 @@ def save(value: Any, key: str, cache_dir: str | os.PathLike[str] | None) -> None
 
 
 def _makers() -> dict[str, Any]:
-    return {"format": FORMAT, "python": list(sys.version_info[:3]), "sources": _sources()}
+    return {"format": FORMAT, "python": list(sys.version_info[:3]), "sources": _sources(), "constants": _constants()}
+
+
+def _constants() -> str:
+    """Values of the modules' constants, and which functions their names stand for: who tries another value in a running
+    process gets another program. Raises TypeError for a function from elsewhere."""
+    lines = []
+    for module in _modules():
+        for name, value in vars(sys.modules[module]).items():
+            if (text := _constant(value)) is not None:
+                lines.append(f"{module}.{name} = {text}")
+    return "\n".join(lines)
+
+
+def _constant(value: Any) -> str | None:
+    """None for what is neither a number, a text, a function, nor a collection of these."""
+    if type(value) in (bool, int, float, str):
+        return repr(value)
+    if isinstance(value, types.FunctionType):
+        if value.__module__.partition(".")[0] not in _HOMES:
+            raise TypeError(f"{value.__module__}.{value.__qualname__} has no known source")
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, (tuple, frozenset)):
+        found = [_constant(x) for x in value]
+        return None if None in found else str(found if isinstance(value, tuple) else sorted(found))  # type: ignore[type-var]
+    return None
+
+
+_HOMES = {"mpk_dynamo", "torch", "numpy", "sympy", *sys.stdlib_module_names}
+
+
+@cache
+def _modules() -> tuple[str, ...]:
+    """The modules that programs are made by, all of them imported."""
+    names = ["mpk_dynamo.abi"]
+    for part in ("capture", "codegen", "ir", "loop", "ops", "passes", "targets"):
+        package = import_module(f"mpk_dynamo.{part}")
+        names += [package.__name__, *(m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))]
+    return tuple(sorted(m.__name__ for m in map(import_module, names)))
 
 
 @cache

@@ -75,6 +75,16 @@ def test_the_key_depends_on_everything(graph: Graph, monkeypatch: pytest.MonkeyP
         proven.key_of(graph, 4, known("h200")),
         proven.key_of(graphs.decoder(graphs.Model(layers=1, capacity=25)), 4, TARGET),
     ]
+    with monkeypatch.context() as patch:
+        patch.setattr("mpk_dynamo.ops.linear.CACHED_WEIGHTS", 3)
+        keys.append(proven.key_of(graph, 4, TARGET))
+    with monkeypatch.context() as patch:
+        patch.setattr("mpk_dynamo.passes.graph.PASSES", ())
+        keys.append(proven.key_of(graph, 4, TARGET))
+    with monkeypatch.context() as patch:
+        patch.setattr("mpk_dynamo.passes.tasks.choose_flagged", lambda tg: tg)
+        assert proven.key_of(graph, 4, TARGET) is None, "nobody knows what it does"
+    assert keys[0] == proven.key_of(graph, 4, TARGET)
     monkeypatch.setattr(proven, "_sources", lambda: "edited")
     keys.append(proven.key_of(graph, 4, TARGET))
     assert None not in keys and len(set(keys)) == len(keys)
