@@ -1,6 +1,6 @@
 // What a race detector for shared memory makes of mbarriers: one warp writes a buffer, another adds it up, round after
-// round, handed over as the kernel hands over ring slots and descriptors. The first four are ordered by the PTX memory
-// model; the last two lack an order. `sums`: one per lane of the reader, `wrong` values are counted in place of trust.
+// round, handed over as the kernel hands over ring slots and descriptors. All are ordered by the PTX memory model but
+// the last two. `wrong` counts the values that the reader should not have seen.
 #pragma once
 #include "mpk/ptx.cuh"
 
@@ -10,7 +10,8 @@ enum Handover : int {
   kNamedBarrier,     // bar.sync both ways
   kEachLaneArrives,  // mbarriers, on which every lane arrives for itself
   kOneLaneArrives,   // mbarriers, on which one lane arrives for its warp, after __syncwarp: descriptors
-  kBulkCopy,         // filled by a bulk copy that completes on the mbarrier: ring slots
+  kBulkCopy,         // filled by a bulk copy that completes on the mbarrier, released by one lane: ring slots
+  kBulkEachLane,     // the same, released by every lane for itself
   kStoresUnordered,  // the writer does not wait until the reader is done
   kBulkUnordered,    // the same with a bulk copy
 };
@@ -21,19 +22,19 @@ template <int HOW>
 MPK_DEVICE void hand_over(const u32* from, u32* wrong, u32 rounds) {
   __shared__ alignas(128) u32 buffer[kHandedWords];
   __shared__ u64 full, empty;
-  constexpr bool bulk = HOW == kBulkCopy || HOW == kBulkUnordered;
+  constexpr bool bulk = HOW == kBulkCopy || HOW == kBulkEachLane || HOW == kBulkUnordered;
   constexpr bool ordered = HOW != kStoresUnordered && HOW != kBulkUnordered;
-  constexpr u32 arrivals = HOW == kEachLaneArrives ? 32 : 1;
+  constexpr bool each = HOW == kEachLaneArrives || HOW == kBulkEachLane;
   const u32 lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&full, arrivals);
-    ptx::mbarrier_init(&empty, arrivals);
+    ptx::mbarrier_init(&full, each && !bulk ? 32 : 1);
+    ptx::mbarrier_init(&empty, each ? 32 : 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   const auto arrive = [&](u64* bar) {
-    if (HOW != kEachLaneArrives) __syncwarp();
-    if (HOW == kEachLaneArrives || lane == 0) ptx::mbarrier_arrive(bar);
+    if (!each) __syncwarp();
+    if (each || lane == 0) ptx::mbarrier_arrive(bar);
   };
   for (u32 round = 0; round < rounds; ++round) {
     if (HOW == kNamedBarrier) {

@@ -22,6 +22,7 @@ WAYS = {
     "each": "kEachLaneArrives",
     "one": "kOneLaneArrives",
     "bulk": "kBulkCopy",
+    "bulk-each": "kBulkEachLane",
     "stores-unordered": "kStoresUnordered",
     "bulk-unordered": "kBulkUnordered",
 }
