@@ -35,7 +35,7 @@ def sample(
     OptionError, before the first token, when the cache is too small, and whatever a launch raises.
     """
     compile_config = generation_config.compile_config
-    sampling = sampling_of(logits_processor, bool(generation_config.do_sample))
+    sampling = sampling_of(logits_processor, bool(generation_config.do_sample), input_ids.shape[1])
     stopping = stopping_of(stopping_criteria)
     ours = compile_config is not None and compile_config.backend == "mpk" and not generation_config.disable_compile
     why = refusal(model, input_ids, generation_config, model_kwargs, synced_gpus)

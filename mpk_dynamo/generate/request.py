@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,10 @@ class Stopping:
     host: bool
 
 
-def sampling_of(processors: "LogitsProcessorList", do_sample: bool) -> Sampling | str:
+def sampling_of(processors: "LogitsProcessorList", do_sample: bool, prompt: int) -> Sampling | str:
     """The loop's sampling that does what `processors` do, or the reason why there is none.
 
-    Judged by the processors that `generate()` made, not by its arguments: these are what it would run.
+    Judged by the processors that `generate()` made, not by its arguments: these are what it would run. prompt: length.
     """
     found: dict[str, Any] = {}
     previous = -1
@@ -47,12 +48,19 @@ def sampling_of(processors: "LogitsProcessorList", do_sample: bool) -> Sampling 
             return f"{type(processor).__name__} stands where generate() would not put it"
         if getattr(processor, "filter_value", -float("inf")) != -float("inf"):
             return f"{type(processor).__name__} with a filter value"
-        previous, found[name] = place, getattr(processor, attribute)
+        previous, value = place, getattr(processor, attribute)
+        if name == "min_new_tokens":  # counted from here, whatever it counts from; the longer of two
+            value = max(0, found.get(name, 0), value - prompt + getattr(processor, "prompt_length_to_skip", 0))
+        found[name] = value
+    if len({frozenset(ids) for ids in _barred(processors)}) > 1:
+        return "two processors want different ids to come late"
     return Sampling(do_sample=do_sample, **found)
 
 
 _STAGES: dict[type, tuple[str, str, bool]] = {
     logits_process.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty", False),
+    logits_process.MinLengthLogitsProcessor: ("min_new_tokens", "min_length", False),
+    logits_process.MinNewTokensLengthLogitsProcessor: ("min_new_tokens", "min_new_tokens", False),
     logits_process.TemperatureLogitsWarper: ("temperature", "temperature", True),
     logits_process.TopKLogitsWarper: ("top_k", "top_k", True),
     logits_process.TopPLogitsWarper: ("top_p", "top_p", True),
@@ -72,6 +80,16 @@ def penalised_ids(processors: "LogitsProcessorList", input_ids: torch.Tensor, vo
                 return input_ids.masked_fill(places < skipped.to(input_ids.device)[:, None], vocabulary)
             return input_ids[:, skipped or 0 :]
     return None
+
+
+def barred_ids(processors: "LogitsProcessorList") -> list[int]:
+    """The ids that are not to come among the first tokens."""
+    return next(_barred(processors), [])
+
+
+def _barred(processors: "LogitsProcessorList") -> Iterator[list[int]]:
+    late = logits_process.MinLengthLogitsProcessor, logits_process.MinNewTokensLengthLogitsProcessor
+    return (p.eos_token_id.tolist() for p in processors if type(p) in late)
 
 
 def stopping_of(criteria: "StoppingCriteriaList") -> Stopping | str:

@@ -16,7 +16,7 @@ from ..loop.state import CAPACITY
 from ..settings import Settings
 from .inputs import count, fed_of, full_windows, room_in_window
 from .launches import LoopForward, Segment, compiled_step, loop_forward, notice
-from .request import Stopping, cache_of, penalised_ids
+from .request import Stopping, barred_ids, cache_of, penalised_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -75,6 +75,7 @@ class Generation:
             # torch.manual_seed() makes it reproducible, and each call draws another
             seed=int(torch.randint(2**63 - 1, ())) if sampling.do_sample else 0,
             seen_ids=penalised_ids(self.processors, prompt, self.vocabulary),
+            barred=barred_ids(self.processors),
         )
         self.state.choose(logits)
         self._accept(Launched(self.state, 0.0, 0, 1))

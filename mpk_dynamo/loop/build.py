@@ -64,6 +64,10 @@ class _Builder:
         made = self.buffers[name] = buffer(name, dtype, shape, kind, origin=ORIGIN)
         return made
 
+    def step(self) -> Buffer:
+        """How many tokens have been chosen."""
+        return self.buffers.get("loop.step") or self.add(BufferKind.STATE, "loop.step", DType.I64)
+
     def at(self, b: Buffer, *idx: Expr | int) -> Expr:
         return load(b.name, tuple(index(i) if isinstance(i, int) else i for i in idx), b.dtype)
 
@@ -135,13 +139,18 @@ def _choose(loop: _Builder, logits: str, batch: int, vocab: int, sampling: Sampl
         x, p = cast(x, DType.F32), number("penalty")
         penalised = where(op("lt", x, const(0.0, DType.F32)), op("mul", x, p), op("div", x, p))
         x = where(loop.at(seen, b, v), penalised, x)
+    if "min_new_tokens" in stages:
+        barred = loop.add(BufferKind.INPUT, "loop.barred", DType.BOOL, vocab)
+        least = loop.add(BufferKind.INPUT, "loop.least", DType.I64, 1)
+        early = op("and", loop.at(barred, v), op("lt", loop.at(loop.step()), loop.at(least, 0)))
+        x = where(early, const(float("-inf"), DType.F32), cast(x, DType.F32))
     if "temperature" in stages:
         x = op("div", cast(x, DType.F32), number("temperature"))
     scores = loop.map("scores", (b, v), x, loop.add(BufferKind.SCRATCH, "loop.scores", x.dtype, batch, vocab), b, v)
     chosen = loop.add(BufferKind.SCRATCH, "loop.chosen", DType.I64, batch)
     if "sample" in stages:
         key = loop.add(BufferKind.INPUT, "loop.key", DType.I64, 1)
-        step = loop.add(BufferKind.STATE, "loop.step", DType.I64)
+        step = loop.step()
         sequences = loop.add(BufferKind.INPUT, "loop.sequences", DType.I64, batch)
         flags = {s: s in stages for s in ("top_k", "top_p", "min_p")}
         operands = scores.name, numbers.name, key.name, step.name, sequences.name, chosen.name
@@ -159,7 +168,7 @@ def _record(loop: _Builder, fed: Buffer, chosen: Buffer, batch: int, vocab: int,
         loop.add(BufferKind.INPUT, "loop.pad", DType.I64, 1),
         loop.add(BufferKind.INPUT, "loop.eos", DType.I64, MAX_EOS),
     )
-    step = loop.buffers.get("loop.step") or loop.add(BufferKind.STATE, "loop.step", DType.I64)
+    step = loop.step()
     everything = loop.add(BufferKind.STATE, "loop.tokens", DType.I64, batch, CAPACITY)
     token = loop.add(BufferKind.SCRATCH, "loop.token", DType.I64, batch)
     loop.map("token", (b,), where(loop.at(finished, b), loop.at(pad, 0), loop.at(chosen, b)), token, b)

@@ -21,7 +21,8 @@ MAX_EOS = 32
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: the names and meanings of HF's generation config, applied in its order (repetition
-    penalty, temperature, top-k, top-p, min-p). Without `do_sample` the largest logit wins, after the penalty.
+    penalty, min_new_tokens, temperature, top-k, top-p, min-p). Without `do_sample` the largest logit wins, after the
+    first two. min_new_tokens: for so many tokens, ids that the state bars are not chosen.
 
     Which stages are present is compiled into a program; their numbers are data. Raises ValueError for a number
     outside its range."""
@@ -32,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (
@@ -39,6 +41,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 <= self.top_p <= 1, "in [0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "0 or more"),
             (
                 "repetition_penalty",
                 self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
@@ -52,6 +55,7 @@ class Sampling:
     def stages(self) -> frozenset[str]:
         """The stages that change something: what a program is compiled for."""
         found = {"penalty"} if self.repetition_penalty != 1.0 else set()
+        found |= {"min_new_tokens"} if self.min_new_tokens else set()
         if self.do_sample:
             found |= {"sample"}
             found |= {"temperature"} if self.temperature != 1.0 else set()
@@ -95,13 +99,15 @@ class LoopState:
         seed: int = 0,
         seen_ids: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
+        barred: Iterable[int] = (),
     ) -> "LoopState":
         """State before the first token.
 
         vocab: columns of the logits. eos: ids that finish a sequence; with none, nothing finishes. pad: what a finished
         sequence emits, needed with eos when batch > 1 (default: the first eos, or 0). seed: key of the random numbers,
         64 bits. seen_ids: [B, T] ids that the repetition penalty counts as seen (the prompt). sequence_ids: [B] int64,
-        each the name of a sequence's stream of random numbers (default 0 .. B - 1).
+        each the name of a sequence's stream of random numbers (default 0 .. B - 1). barred: ids that are not chosen for
+        sampling.min_new_tokens tokens.
 
         Raises ValueError for more steps or ids than a state can hold.
         """
@@ -127,6 +133,10 @@ class LoopState:
             "loop.sequences": integers(*range(batch)) if sequence_ids is None else sequence_ids.to(device, torch.int64),
             "loop.numbers": torch.tensor(numbers, dtype=torch.float64, device=device),
         }
+        if "min_new_tokens" in sampling.stages:
+            inputs["loop.least"] = integers(sampling.min_new_tokens)
+            inputs["loop.barred"] = torch.zeros(vocab, dtype=torch.bool, device=device)
+            inputs["loop.barred"][[i for i in barred if 0 <= i < vocab]] = True
         state = cls(
             tokens=everything[:, :max_steps],
             finished=torch.zeros(batch, dtype=torch.bool, device=device),
@@ -185,12 +195,15 @@ class LoopState:
         self.known, self.most = None, self.most + steps
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, V] fp32: the logits after the repetition penalty and the temperature."""
+        """[B, V] fp32: the next token's logits after the repetition penalty, min_new_tokens and the temperature."""
         stages, numbers = self.sampling.stages, self.inputs["loop.numbers"].float()
         scores = logits.float()
         if self.seen is not None:
             penalty = numbers[NUMBERS["penalty"]]
             scores = torch.where(self.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        if "min_new_tokens" in stages:
+            barred = self.inputs["loop.barred"] & (self.step < self.inputs["loop.least"])
+            scores = scores.masked_fill(barred, -math.inf)
         return scores / numbers[NUMBERS["temperature"]] if "temperature" in stages else scores
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:

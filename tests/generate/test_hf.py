@@ -134,6 +134,21 @@ def test_streamer_gets_what_hf_hands_it(pair: Any):
 
 
 @pytest.mark.parametrize(
+    "more", [{"min_new_tokens": 6}, {"min_length": 13, "min_new_tokens": 2, "repetition_penalty": 1.3}]
+)
+def test_the_end_may_be_made_to_wait(pair: Any, launched: list[int], more: dict[str, Any]):
+    ours, theirs = pair
+    how = {**prompts(2), **GREEDY, "max_new_tokens": 12}
+    free = theirs.generate(**how, repetition_penalty=more.get("repetition_penalty")).sequences[:, 6:]
+    eos = [int(free[0, 2]), int(free[1, 3])]
+    expected = theirs.generate(**how, **more, eos_token_id=eos)
+    early = theirs.generate(**how, eos_token_id=eos, repetition_penalty=more.get("repetition_penalty"))
+    assert early.sequences.shape[1] < expected.sequences.shape[1], "the ends come too early where nothing bars them"
+    assert_equal(ours.generate(**how, **more, eos_token_id=eos, compile_config=with_steps(4)), expected)
+    assert launched
+
+
+@pytest.mark.parametrize(
     ("eos", "stops", "steps"),
     [(False, (11, 11), 6), (False, (9, 13), 6), (True, (9, 13), 6), (True, (13, 10), 6), (True, (10, 13), 1),
      (True, (7, 12), 5)],
@@ -214,7 +229,7 @@ class Forbid(LogitsProcessor):
     [
         ({"output_logits": True, "output_scores": True}, "scores and logits of each step"),
         ({"logits_processor": LogitsProcessorList([Forbid()])}, "Forbid has no place in the loop"),
-        ({"min_new_tokens": 3, "eos_token_id": 5}, "LengthLogitsProcessor has no place"),
+        ({"bad_words_ids": [[5]]}, "NoBadWordsLogitsProcessor has no place"),
         ({"cache_implementation": "dynamic"}, "not DynamicCache"),
         ({"use_cache": False, "cache_implementation": None}, "not no cache"),
     ],
