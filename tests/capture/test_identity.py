@@ -98,7 +98,7 @@ def test_what_is_not_known_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert identity(gm, [torch.zeros(2, 8).to_sparse(), *inputs[1:]]) is None
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "gpt2"))])
 def test_a_stored_capture_is_the_capture(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a decode step, and a program of it too."""
     from mpk_dynamo.tools.decoder import Decoder

@@ -291,8 +291,7 @@ store.put({key!r}, bytes(range(256)) * 8, {{"arch": "sm_90a"}})
 """
 
 
-@pytest.mark.parametrize("when", ["in the write", "before the rename"])
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("when", "old"), [("in the write", True), ("before the rename", False)])
 def test_a_kill_while_an_entry_is_written(tmp_path, when, old):
     store = Cache(tmp_path / "c")
     if old:
