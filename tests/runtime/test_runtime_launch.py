@@ -395,3 +395,26 @@ def test_a_captured_call_is_not_recorded():
         profiled(*tensors())
     profiled(*tensors())
     assert [launch["profile"] != 0 for launch in device.kernel.launches] == [False, True]
+
+
+# --- memory that is written and shared ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_what_is_written_shares_memory_with_no_other_argument(other):
+    """Neither with a weight nor with an input, in the first call and later ones; a refused call launches nothing."""
+    executable = make()
+    call = callable_of(executable, ARGUMENTS)
+    apart = tensors()
+    call(*apart)
+    shared = tensors()
+    shared[3] = shared[other].data.view(torch.int64)[4]
+    for _ in range(2):
+        with pytest.raises(LaunchError, match="share memory.*clone"):
+            call(*shared)
+    assert len(executable.device.kernel.launches) == 1
+    call(*apart)
+    beside = torch.zeros(toy_program.SIZE + 4)
+    apart[1], apart[3] = beside[:-4], beside[-4:].view(torch.int64)[0]  # next to each other
+    call(*apart)
+    assert apart[3].item() == 1 and len(executable.device.kernel.launches) == 3
