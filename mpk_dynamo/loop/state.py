@@ -213,9 +213,10 @@ class LoopState:
         step, _ = self.known or self.read()
         if step >= self.max_steps:
             raise MpkError(f"all {self.max_steps} steps of this generation are used")
-        stages, numbers = self.sampling.stages, self.inputs["loop.numbers"]
+        stages = self.sampling.stages
         scores = self.scores(logits)
         if "sample" in stages:
+            numbers = self.inputs["loop.numbers"].cpu()  # read one by one
             key, sequences = int(self.inputs["loop.key"]), self.inputs["loop.sequences"].tolist()
             chosen = [draw(row, stages, numbers, key, step, s) for row, s in zip(scores, sequences, strict=True)]
             chosen = torch.tensor(chosen, dtype=torch.int64, device=logits.device)

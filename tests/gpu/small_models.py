@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness import DEVICE
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, StaticCache
 
 VOCABULARY = 160
 SIZES: dict[str, Any] = {
@@ -22,6 +22,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 CONFIGS: dict[str, Callable[..., Any]] = {
+    "mistral": lambda **kw: MistralConfig(**SIZES, **kw, sliding_window=20),
     "llama": lambda **kw: LlamaConfig(**SIZES, **kw, rope_parameters=dict(LLAMA3_ROPE)),
     "qwen2": lambda **kw: Qwen2Config(**SIZES, **kw),
     "qwen3": lambda **kw: Qwen3Config(**SIZES, **kw, head_dim=32),

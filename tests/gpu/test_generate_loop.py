@@ -60,6 +60,18 @@ def test_any_length_of_a_launch_gives_the_tokens_of_single_steps(family: str, ba
     assert len(mpk_dynamo.reports()) == 2, "the step, and the loop for every length"
 
 
+def test_launches_go_on_in_a_full_window() -> None:
+    ours, theirs = pair("mistral")
+    new = max(NEW, 24)
+    for model in (ours, theirs):
+        model.generation_config.max_cache_len = 8 + new
+    for batch in (1, 2):
+        how = {**padded(batch), "max_new_tokens": new, "do_sample": False}
+        expected = theirs.generate(**how)
+        for steps in (0, 7):
+            assert torch.equal(ours.generate(**how, compile_config=config(steps)), expected), (batch, steps)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_sampling_follows_the_seed_alone(batch: int) -> None:
     ours, _ = pair("qwen3")
