@@ -14,7 +14,7 @@ from mpk_dynamo import abi, pipeline
 from mpk_dynamo.codegen import generate, isolated
 from mpk_dynamo.codegen.bodies import bodies
 from mpk_dynamo.dump import Dump
-from mpk_dynamo.errors import Unsupported
+from mpk_dynamo.errors import Unsupported, VerificationError
 from mpk_dynamo.ir.graph import Attention, Graph, Linear, writes
 from mpk_dynamo.ir.program import Program
 from mpk_dynamo.ir.schedule import Schedule
@@ -142,6 +142,31 @@ def test_every_writer_has_its_buffers_among_the_operands() -> None:
             storage = made.schedule.tasks.buffers[name].storage
             if storage in made.bindings and task.op != "attention_combine":
                 assert made.bindings.index(storage) << 40 in [int(r) for r in refs], name
+
+
+def test_transposed_weights_are_operands_cut_at_vectors_and_have_no_runs() -> None:
+    made = of_sample("linear-18-transposed")
+    verify_program(made, known("sm_90a"))
+    tables, (node,) = decode(made), made.schedule.tasks.graph.nodes
+    assert len(tables["runs"]) == 0
+    seen: dict[int, list[int]] = {}
+    for part, row, rows in zip(*(tables["segments"][f].tolist() for f in ("part", "row", "rows")), strict=True):
+        assert row * 2 % 16 == rows * 2 % 16 == 0
+        seen.setdefault(part, []).extend(range(row, row + rows))
+    assert {k: sorted(v) for k, v in seen.items()} == {k: list(range(p.rows)) for k, p in enumerate(node.parts)}
+    assert {w for p in node.parts for w in p.weights} <= set(made.calls[0, "linear"].operands)
+
+
+def test_segments_of_transposed_weights_are_verified() -> None:
+    made = of_sample("linear-18-transposed")
+    segments = decode(made)["segments"].copy()
+    segments["row"][0] += 8
+    broken = dataclasses.replace(made, tables={**made.tables, "segments": segments.tobytes()})
+    with pytest.raises(VerificationError, match="P[13]"):
+        verify_program(broken, known("sm_90a"))
+    _, uneven = linear._transposed(DType.BF16, 1, 64, (12,))
+    with pytest.raises(VerificationError, match="P3.*no whole 16-byte vectors"):
+        verify_program(of_sample("", uneven), known("sm_90a"))
 
 
 # --- refusals ---

@@ -129,6 +129,14 @@ def test_g2_refuses_a_linear(change, text):
     refuses("G2", text, linear(**change))
 
 
+def test_g2_knows_how_transposed_weights_lie():
+    made = linear()
+    turned = replace(made.nodes[0], transposed=True)
+    refuses("G2", r"weight w of shape \[6, 8\] is not \[8, 6\]", replace(made, nodes=(turned,)))
+    weights = {name: buffer(name, BF16, (8, 6), PARAM) for name in ("w", "v")}
+    verify_graph(replace(made, nodes=(turned,), buffers={**made.buffers, **weights}))
+
+
 def test_g3_refuses_a_linear_that_overwrites_its_own_input():
     t, k, n = ex.var("t", 2), ex.var("k", 8), ex.var("n", 8)
     buffers = [buffer("w", F32, (8, 8), PARAM), *(buffer(s, F32, (2, 8), STATE, storage="st") for s in ("st", "st@1"))]
