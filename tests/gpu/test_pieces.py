@@ -98,3 +98,18 @@ def test_prompts_of_many_lengths_compile_once() -> None:
     assert len(mpk_dynamo.reports()) == 2
     compiles = [r for r in mpk_dynamo.reports() if "inductor" in r.seconds]
     assert len(compiles) == (1 if ON_GPU else 0)
+
+
+def test_short_prompts_into_new_caches() -> None:
+    """Few enough tokens for a program; but on a GPU the count of an empty cache is on the CPU."""
+    model = make("llama")
+    compiled = torch.compile(model.forward, backend="mpk")
+    for length in (4, 9, 12, 4):
+        ids = token_ids(1, length)
+        caches = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
+        with torch.no_grad():
+            a, b = (f(ids, past_key_values=c).logits for f, c in zip((compiled, model.forward), caches))
+            near(a, b)
+            a, b = (f(ids[:, :1], past_key_values=c).logits for f, c in zip((compiled, model.forward), caches))
+        near(a, b)
+    assert any(r.outcome == KERNEL for r in mpk_dynamo.reports())
