@@ -118,7 +118,8 @@ def _source(kinds: dict[tuple[str, str], int], used: list[Body], slot_bytes: int
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
     # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 2 % of a step is saved;
     # larger ones spill unless each is a function.
-    small = all(call != "linear_mma" and "using Element = float;" not in text for call, text in kinds)
+    large = ("linear_columns", "linear_mma")
+    small = all(call not in large and "using Element = float;" not in text for call, text in kinds)
     kind_of_call = "MPK_DEVICE" if small else "__device__ __noinline__"
     runs = [
         f"{kind_of_call} u32 run{i}(u32 turn, u32 position) {{ Context<Config> c(turn, position); "
