@@ -1,7 +1,7 @@
 """What the decode loop adds to a step, on the device alone: the step by itself with the host ahead, and the loop with
 one step and with many steps per launch. Few layers suffice: what is added does not depend on how many they are.
 
-    python tests/gpu/loop_times.py [--model qwen3-0.6b] [--layers 4] [--batch 1] [--sampling greedy filtered plain top-p]
+    python tests/gpu/loop_times.py [--model qwen3-0.6b] [--layers 4] [--batch 1] [--sampling greedy filtered ...]
 """
 
 from __future__ import annotations
