@@ -31,7 +31,7 @@ def _option(
 class Settings:
     """What one compilation may do. Immutable; make it with `Settings.from_options`.
 
-    The verifier has no option: it runs on every compile.
+    The verifier has no option: no program is launched that it has not accepted.
     """
 
     device: str = _option(
