@@ -134,11 +134,7 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
     elif geometry.slot_rows:
         lines.append(f"  static constexpr int SLOT_ROWS = {geometry.slot_rows}, CHUNK = {geometry.chunk};")
     else:
-        lines.append(f"  static constexpr int COPY_BYTES = {geometry.copy_bytes};")
-        lines.append(
-            f"  MPK_DEVICE static void unpack(const char* p, float (&out)[{width}]) {{ "
-            f"load_vector_shared<{element}>(p, out); }}"
-        )
+        lines.append(f"  static constexpr int COPY_BYTES = {geometry.copy_bytes}, WARPS = {geometry.warps};")
     lines += _prologue(node, buffers, flagged, operands, geometry, weight)
     counts = [len(p.weights) for p in node.parts]
     lines.append(f"  MPK_DEVICE static int joint(u32 part) {{ return {_choose([str(n) for n in counts])}; }}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..errors import Unsupported
 from ..ir.expr import reductions
@@ -19,16 +20,21 @@ rate. Of a prologue that reduces over rows it holds whole rows."""
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8
+LANE_COLUMNS = 40
+"""Columns of x that a lane may hold in registers where a row could be shared by more warps."""
+LANE_ROWS = 8
+"""Rows of a slot that a warp takes, at most."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """copy_bytes: of one copy. slot_bytes: shared memory a slot needs. slot_rows: for tensor cores (0: not), the rows
-    of a slot. chunk: their columns. block_rows: rows of one run where rows are cut into chunks; 0: a run is a
-    segment."""
+    """copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row (not on tensor cores).
+    slot_rows: for tensor cores (0: not), the rows of a slot. chunk: their columns. block_rows: rows of one run where rows
+    are cut into chunks; 0: a run is a segment."""
 
     copy_bytes: int
     slot_bytes: int
+    warps: int = CONSUMER_WARPS
     slot_rows: int = 0
     chunk: int = 0
     block_rows: int = 0
@@ -53,13 +59,26 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows * piece > SLOT_BYTES:
             rows //= 2
-        return Geometry(piece, rows * piece, rows, chunk, 8 // joint * TILE_ROWS if chunk < k else 0)
+        return Geometry(piece, rows * piece, CONSUMER_WARPS, rows, chunk, 8 // joint * TILE_ROWS if chunk < k else 0)
     vectors = row_bytes // 16
     if row_bytes <= SLOT_BYTES:
-        warps = 8 if vectors > 128 else 4 if vectors > 64 else 2 if vectors > 32 else 1
-        rows = min(SLOT_BYTES // row_bytes, 8 * CONSUMER_WARPS // warps)
-        return Geometry(rows * row_bytes, rows * row_bytes)
+        rows, warps = _shared_out(vectors, SLOT_BYTES // row_bytes, dtype.itemsize)
+        return Geometry(rows * row_bytes, rows * row_bytes, warps)
     pieces = -(-row_bytes // SLOT_BYTES)
     while vectors % pieces:
         pieces += 1
     return Geometry(row_bytes // pieces, row_bytes // pieces)
+
+
+def _shared_out(vectors: int, most: int, itemsize: int) -> tuple[int, int]:
+    """Rows of a slot, and warps that share a row, so that a slot's vectors of 16 bytes fall evenly on all lanes: the
+    least cost per row, a slot costing as much as two vectors. Many warps a row if that is equal: a shorter prologue."""
+
+    def cost(rows: int, warps: int) -> Fraction | None:
+        of_group, of_lane = -(-rows // (CONSUMER_WARPS // warps)), -(-vectors // (32 * warps))
+        if warps < CONSUMER_WARPS and of_lane * 16 // itemsize > LANE_COLUMNS or of_group > LANE_ROWS:
+            return None
+        return Fraction(of_group * of_lane + 2, rows)
+
+    choices = [(rows, warps) for warps in (8, 4, 2, 1) for rows in range(most, 0, -1)]
+    return min((c for c in choices if cost(*c) is not None), key=lambda c: cost(*c) or 0)

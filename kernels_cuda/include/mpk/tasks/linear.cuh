@@ -3,13 +3,14 @@
 // A slot is one contiguous copy: whole rows, or one of PIECES equal pieces of a row. A group of WARPS warps owns a row:
 // thread `rank` of the group owns the 16-byte vectors rank, rank + WARPS*32, ... of it, and keeps its slice of x in
 // fp32 registers (one token). So a row is read without bank conflicts and x never goes through shared memory.
-// Sums of 8 rows are reduced over the lanes together (8 rows cost 9 shuffles instead of 40), then over the warps in
+// A slot's vectors are read a slot before they are multiplied: two warps a scheduler hide little else.
+// Sums of a few rows are reduced over the lanes together (4 rows cost 6 shuffles instead of 20), then over the warps in
 // shared memory by the thread that owns the row. One owner and a fixed order: bit-identical from run to run.
 //
-// N (generated): Element; T, K, JOINT, COPY_BYTES; the prologue along k, VECTOR columns at a time: Held, what it reads
+// N (generated): Element; T, K, JOINT, COPY_BYTES, WARPS; the prologue along k, VECTOR columns at a time: Held, what it reads
 // (load<true>: operands that nothing writes, before the events have come; load<false>: the rest; poll: loads again what is
 // flagged and was missing, false if so), REDUCTIONS over k,
-// each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out); unpack(bytes, out);
+// each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out); 
 // joint(part): weights of a part; hold(c, part, t, n, held): what the epilogue reads, before the weights stream by;
 // epilogue(c, part, t, n, acc[JOINT], held).
 #pragma once
@@ -24,18 +25,23 @@ struct LinearShape {
   static constexpr int PIECES = N::COPY_BYTES < ROW_BYTES ? ROW_BYTES / N::COPY_BYTES : 1;
   static constexpr int SLOT_ROWS = PIECES > 1 ? 1 : N::COPY_BYTES / ROW_BYTES;
   static constexpr int VECTORS = N::K / VECTOR / PIECES;  // of a row piece
-  static constexpr int WARPS = VECTORS > 128 ? 8 : VECTORS > 64 ? 4 : VECTORS > 32 ? 2 : 1;
+  static constexpr int WARPS = N::WARPS;
   static constexpr int LANES = WARPS * 32;
   static constexpr int GROUPS = static_cast<int>(kConsumerWarps) / WARPS;
   static constexpr int PER_THREAD = (VECTORS + LANES - 1) / LANES;  // vectors a thread owns of a piece
   static constexpr int GROUP_ROWS = (SLOT_ROWS + GROUPS - 1) / GROUPS;
-  static constexpr int SLOTS = GROUP_ROWS >= 8 ? 1 : 8 / GROUP_ROWS;  // slots (or rows in pieces) per reduction
-  static constexpr int SUMS = SLOTS * GROUP_ROWS;
+  // Slots (or rows in pieces) per reduction: as many as make four ring slots. All of it is unrolled, and code that runs a
+  // few times a task is as slow as it is long.
+  static constexpr int SLOTS = GROUP_ROWS * PIECES * N::JOINT >= 4 ? 1 : 4 / (GROUP_ROWS * PIECES * N::JOINT);
+  static constexpr int SUMS = SLOTS * N::JOINT * GROUP_ROWS;
+  static constexpr int TOGETHER = SUMS < 8 ? SUMS : 8;
+  static_assert(SUMS % TOGETHER == 0, "whole reductions");
   static constexpr int BATCH_ROWS = SLOTS * SLOT_ROWS;
   static constexpr int BUDGET = 8192 / (N::JOINT * N::T * WARPS * 4);  // rows whose partial sums fit in 8 KiB
   static constexpr int LIMIT = BUDGET < static_cast<int>(kConsumers) || N::T > 1 ? BUDGET : static_cast<int>(kConsumers);
   static constexpr int BLOCK_ROWS = LIMIT < BATCH_ROWS ? BATCH_ROWS : LIMIT / BATCH_ROWS * BATCH_ROWS;
   static constexpr int PARTIAL_BYTES = BLOCK_ROWS * N::JOINT * N::T * WARPS * 4;
+  static_assert(GROUP_ROWS <= 8, "LaneSums takes 8 rows");
   static constexpr int SCRATCH = 128 + 2 * PARTIAL_BYTES;  // two blocks, so that one barrier per block suffices
   static_assert(PIECES > 1 ? PIECES * N::COPY_BYTES == ROW_BYTES : SLOT_ROWS * ROW_BYTES == N::COPY_BYTES, "copies");
   static_assert(N::T == 1 || N::REDUCTIONS == 0, "with several tokens the prologue is a map");
@@ -47,7 +53,7 @@ struct LinearShape {
 template <int COUNT>
 struct LaneSums {
   static constexpr int P = COUNT > 4 ? 8 : COUNT > 2 ? 4 : COUNT > 1 ? 2 : 1;
-  MPK_DEVICE static float reduce(const float (&in)[COUNT], int lane, int& owner) {
+  MPK_DEVICE static float reduce(const float* in, int lane, int& owner) {
     float v[P];
 #pragma unroll
     for (int i = 0; i < P; ++i) v[i] = i < COUNT ? in[i] : 0.0f;
@@ -68,6 +74,52 @@ struct LaneSums {
       }
     }
     return v[0];
+  }
+};
+
+// One token: the stream of weights, of which this thread holds its vectors of the next slot in registers.
+template <class N, class Ctx>
+struct Weights {
+  using S = LinearShape<N>;
+  Ctx& c;
+  const int rank, group;
+  int left = 0;  // slots of the segment that are not read yet
+  ptx::Vec4 ahead[S::GROUP_ROWS * S::PER_THREAD];
+
+  MPK_DEVICE Weights(Ctx& context, int r, int g) : c(context), rank(r), group(g) {}
+  MPK_DEVICE static void unpack(const ptx::Vec4& v, float (&out)[S::VECTOR]) {
+    Pack<typename N::Element, S::VECTOR> pack;
+    pack.raw[0] = v;
+    pack.unpack(out);
+  }
+  MPK_DEVICE bool owns(int p) const { return S::VECTORS % S::LANES == 0 || p * S::LANES + rank < S::VECTORS; }
+  MPK_DEVICE bool has(int r) const { return S::SLOT_ROWS % S::GROUPS == 0 || group + r * S::GROUPS < S::SLOT_ROWS; }
+  MPK_DEVICE void read() {
+    --left;
+    const char* bytes = c.ring.wait() + group * S::ROW_BYTES + rank * 16;
+#pragma unroll
+    for (int r = 0; r < S::GROUP_ROWS; ++r)
+#pragma unroll
+      for (int p = 0; p < S::PER_THREAD; ++p)
+        if (has(r) && owns(p)) ahead[r * S::PER_THREAD + p] = ptx::load_shared(bytes + r * S::GROUPS * S::ROW_BYTES + p * S::LANES * 16);
+    c.ring.release();
+  }
+  // acc[r] += this thread's part of the product of the slot's rows with x; reads the slot after it.
+  MPK_DEVICE void multiply(const float (*x)[S::VECTOR], float* acc) {
+    ptx::Vec4 now[S::GROUP_ROWS * S::PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < S::GROUP_ROWS * S::PER_THREAD; ++i) now[i] = ahead[i];
+    if (left) read();
+#pragma unroll
+    for (int r = 0; r < S::GROUP_ROWS; ++r)
+#pragma unroll
+      for (int p = 0; p < S::PER_THREAD; ++p)
+        if (has(r) && owns(p)) {
+          float w[S::VECTOR];
+          unpack(now[r * S::PER_THREAD + p], w);
+#pragma unroll
+          for (int i = 0; i < S::VECTOR; ++i) acc[r] = fmaf(w[i], x[p][i], acc[r]);
+        }
   }
 };
 
@@ -132,10 +184,15 @@ MPK_DEVICE void linear(Ctx& c) {
     if (!c.wait()) return;
   }
 
+  Weights<N, Ctx> weights(c, g.rank, group);
   const int segments = c.arg(7);
   for (int s = 0; s < segments; ++s) {
     const Segment seg = c.ready->segment[s];
     const int joint = N::joint(seg.part);
+    if constexpr (N::T == 1) {
+      weights.left = (static_cast<int>(seg.rows) + S::SLOT_ROWS - 1) / S::SLOT_ROWS * S::PIECES * joint;
+      weights.read();
+    }
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS, turn ^= 1) {
       const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
       float* sums = partial[turn];
@@ -143,51 +200,29 @@ MPK_DEVICE void linear(Ctx& c) {
       if (N::T == 1 && static_cast<int>(threadIdx.x) < rows) N::hold(c, seg.part, 0, seg.row + block + threadIdx.x, kept);
       for (int first = 0; first < rows; first += S::BATCH_ROWS) {
         if constexpr (N::T == 1) {
-          float acc[N::JOINT][S::SUMS];
+          float acc[S::SUMS];
 #pragma unroll
-          for (int j = 0; j < N::JOINT; ++j)
-#pragma unroll
-            for (int i = 0; i < S::SUMS; ++i) acc[j][i] = 0.0f;
+          for (int i = 0; i < S::SUMS; ++i) acc[i] = 0.0f;
 #pragma unroll
           for (int slot = 0; slot < S::SLOTS; ++slot) {
             if (first + slot * S::SLOT_ROWS >= rows) continue;
 #pragma unroll
             for (int piece = 0; piece < S::PIECES; ++piece)
 #pragma unroll
-              for (int j = 0; j < N::JOINT; ++j) {
-                if (j >= joint) continue;
-                const char* bytes = c.ring.wait();
-#pragma unroll
-                for (int r = 0; r < S::GROUP_ROWS; ++r) {
-                  const int row = group + r * S::GROUPS;
-                  if ((S::SLOT_ROWS % S::GROUPS == 0 || row < S::SLOT_ROWS)) {
-#pragma unroll
-                    for (int p = 0; p < S::PER_THREAD; ++p) {
-                      const int v = p * S::LANES + g.rank;
-                      if (S::VECTORS % S::LANES == 0 || v < S::VECTORS) {
-                        float w[S::VECTOR];
-                        N::unpack(bytes + row * S::ROW_BYTES + v * 16, w);
-#pragma unroll
-                        for (int i = 0; i < S::VECTOR; ++i)
-                          acc[j][slot * S::GROUP_ROWS + r] =
-                              fmaf(w[i], x[piece * S::PER_THREAD + p][i], acc[j][slot * S::GROUP_ROWS + r]);
-                      }
-                    }
-                  }
-                }
-                c.ring.release();
-              }
+              for (int j = 0; j < N::JOINT; ++j)
+                if (j < joint) weights.multiply(x + piece * S::PER_THREAD, acc + (slot * N::JOINT + j) * S::GROUP_ROWS);
           }
           if (s == segments - 1 && block + first + S::BATCH_ROWS >= seg.rows) c.last_slot_consumed();
 #pragma unroll
-          for (int j = 0; j < N::JOINT; ++j) {
-            if (j >= joint) continue;
+          for (int some = 0; some < S::SUMS; some += S::TOGETHER) {
             int owner;
-            const float sum = LaneSums<S::SUMS>::reduce(acc[j], lane, owner);
-            const int row = owner / S::GROUP_ROWS * S::SLOT_ROWS + group + owner % S::GROUP_ROWS * S::GROUPS;
-            constexpr int COPIES = 32 / LaneSums<S::SUMS>::P;  // lanes that hold the same sum
-            if ((lane & (COPIES - 1)) == 0 && owner < S::SUMS && owner % S::GROUP_ROWS * S::GROUPS + group < S::SLOT_ROWS)
-              sums[((first + row) * N::JOINT + j) * S::WARPS + warp % S::WARPS] = sum;
+            const float sum = LaneSums<S::TOGETHER>::reduce(acc + some, lane, owner);
+            const int i = owner + some, j = i / S::GROUP_ROWS % N::JOINT, in_slot = group + i % S::GROUP_ROWS * S::GROUPS;
+            constexpr int COPIES = 32 / LaneSums<S::TOGETHER>::P;  // lanes that hold the same sum
+            if ((lane & (COPIES - 1)) == 0 && owner < S::TOGETHER && i < S::SUMS && j < joint && in_slot < S::SLOT_ROWS) {
+              const int row = first + i / (S::GROUP_ROWS * N::JOINT) * S::SLOT_ROWS + in_slot;
+              sums[(row * N::JOINT + j) * S::WARPS + warp % S::WARPS] = sum;
+            }
           }
         } else {
           // Several tokens: x is read again for every slot and token (from L1); sums over the pieces of a row gather in
@@ -222,7 +257,7 @@ MPK_DEVICE void linear(Ctx& c) {
                         const int row = group + r * S::GROUPS;
                         if (row < S::SLOT_ROWS) {
                           float w[S::VECTOR];
-                          N::unpack(bytes + row * S::ROW_BYTES + v * 16, w);
+                          Weights<N, Ctx>::unpack(ptx::load_shared(bytes + row * S::ROW_BYTES + v * 16), w);
 #pragma unroll
                           for (int i = 0; i < S::VECTOR; ++i) acc[r] = fmaf(w[i], xs[i], acc[r]);
                         }
