@@ -75,7 +75,8 @@ def compile_captured(
         compiled = _interpret(captured, schedule, report)
         report.outcome, report.device = "reference", str(place.device)
     else:
-        program = proven_program(captured.graph, workers, target, settings, report, dump)
+        profiled = bool(settings.profile or observe)
+        program = proven_program(captured.graph, workers, target, settings, report, dump, profiled)
         compiled = _load(captured, program, target, place.device, settings, report, observe, recorded)
         report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(place.device), 1
     dump.report(report)
@@ -226,14 +227,16 @@ def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: 
 
 
 @without_collector
-def emit(schedule: "Schedule", target: "Target", report: Report, dump: Dump) -> "Program":
-    """A Schedule as a verified Program for `target`."""
+def emit(
+    schedule: "Schedule", target: "Target", report: Report, dump: Dump, profiled: bool = False
+) -> "Program":
+    """A Schedule as a verified Program for `target`. `profiled`: with the code that records the clocks of tasks."""
     from .codegen import generate
     from .verify import verify_program
 
     report.target = target.name
     with report.stage("codegen"):
-        program = generate(schedule, target)
+        program = generate(schedule, target, profiled)
     dump.text("5-program.cu", lambda p: p.source, program)
     dump.text("5-program.txt", printer.print_program, program)
     with report.stage("verify"):
@@ -243,20 +246,27 @@ def emit(schedule: "Schedule", target: "Target", report: Report, dump: Dump) -> 
 
 @without_collector
 def proven_program(
-    graph: "Graph", workers: int, target: "Target", settings: Settings, report: Report, dump: Dump
+    graph: "Graph",
+    workers: int,
+    target: "Target",
+    settings: Settings,
+    report: Report,
+    dump: Dump,
+    profiled: bool = False,
 ) -> "Program":
-    """`lower` and `emit`, or their result of an earlier time, which was verified then. A dump has every stage made."""
+    """`lower` and `emit`, or their result of an earlier time, which was verified then. A dump has every stage made, and
+    what records clocks is not kept."""
     from . import proven
     from .ir.program import Program
 
     with report.stage("stored"):
-        key = None if settings.dump_dir else proven.key_of(graph, workers, target)
+        key = None if settings.dump_dir or profiled else proven.key_of(graph, workers, target)
         program = proven.load(Program, key, settings.cache_dir or None) if key else None
     if program is not None:
         report.target = target.name
         _describe(report, program.schedule.tasks.graph, program.schedule)
         return program
-    program = emit(lower(graph, workers, target, report, dump), target, report, dump)
+    program = emit(lower(graph, workers, target, report, dump), target, report, dump, profiled)
     if key:
         with report.stage("stored"):
             proven.save(program, key, settings.cache_dir or None)

@@ -30,8 +30,8 @@ FIXED_SHARED = 4096
 """Bytes of shared memory for descriptors, barriers and alignment; the generated unit asserts that they fit."""
 
 
-def generate(schedule: Schedule, target: Target) -> Program:
-    """Raises Unsupported when a node has no device form (the pipeline then falls back, reported)."""
+def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Program:
+    """`profiled`: with the code that records the clocks of tasks. Raises Unsupported when a node has no device form (the pipeline then falls back, reported)."""
     tg = schedule.tasks
     used = sorted({(t.node, t.op) for t in tg.tasks})
     found = _bodies(tg, {node for node, op in used if op == "attention_combine"})
@@ -40,7 +40,7 @@ def generate(schedule: Schedule, target: Target) -> Program:
     linears = (n for n in tg.graph.nodes if isinstance(n, Linear))
     slot_bytes = max([1024, *(linear_geometry(n, tg.buffers).slot_bytes for n in linears)])
     references = References(schedule)
-    source = _source(kinds, [found[key] for key in used], slot_bytes, target, len(references.bindings))
+    source = _source(kinds, [found[key] for key in used], slot_bytes, target, len(references.bindings), profiled)
     op_of = {opcodes[key]: key[1] for key in used}
     return Program(
         schedule=schedule,
@@ -52,6 +52,7 @@ def generate(schedule: Schedule, target: Target) -> Program:
         shared_bytes=target.shared_bytes_per_block,
         target=target.name,
         calls={key: _call(tg, key, opcodes[key], found[key]) for key in used},
+        profiled=profiled,
     )
 
 
@@ -112,7 +113,14 @@ def _partial_buffers(node: Node, tg: TaskGraph, split: bool) -> tuple[str, ...]:
     return partial_names(node) if isinstance(node, Attention) and split else ()
 
 
-def _source(kinds: dict[tuple[str, str], int], used: list[Body], slot_bytes: int, target: Target, bindings: int) -> str:
+def _source(
+    kinds: dict[tuple[str, str], int],
+    used: list[Body],
+    slot_bytes: int,
+    target: Target,
+    bindings: int,
+    profiled: bool,
+) -> str:
     # the text of an operator from outside this package stands in the unit itself: it is part of the cubin's key
     sources = [s.replace("#pragma once\n", "") for s in dict.fromkeys(body.source for body in used) if s]
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
@@ -158,6 +166,7 @@ struct Launch {{
 static_assert(sizeof(Launch) == {abi.LAUNCH_FIXED.dtype.itemsize + 8 * max(bindings, 1)}, "Launch");
 
 struct Config {{
+  static constexpr bool PROFILE = {str(profiled).lower()};
   static constexpr u32 SCRATCH = (largest({", ".join(scratch)}) + 127) / 128 * 128;
   static constexpr u32 SLOT_BYTES = {slot_bytes};
   static constexpr u32 SHARED_BYTES = {target.shared_bytes_per_block};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -319,6 +320,16 @@ def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str
             raise Unsupported(f"cache {buffer.name}: rows do not start at 16-byte boundaries", origin=origin)
 
 
+def _either(text: str, other: str, condition: str) -> str:
+    """`text`, or `other` where `condition` holds, when they differ in nothing but the slots of operands; else "". Code
+    that is there once takes half the instruction cache."""
+    pattern = re.compile(r"(?<=>\()\d+(?=\))")
+    if not other or pattern.sub("", text) != pattern.sub("", other):
+        return ""
+    slots = iter(zip(pattern.findall(text), pattern.findall(other), strict=True))
+    return pattern.sub(lambda _: a if (a := (pair := next(slots))[0]) == pair[1] else f"{condition} ? {pair[1]} : {a}", text)
+
+
 MAX_QUERY_BYTES = 64 << 10
 """Shared memory for the query rows of an attention task, which leaves room for the ring on every target."""
 
@@ -358,20 +369,15 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
     def make(names: Mapping[Expr, str]) -> Emitter:
         return Emitter(buffers, operands, names, flagged=flagged, origin=node.origin)
 
-    def row(name: str, head: Var, body: Expr) -> str:
-        text = row_function(
-            name,
-            (("b", node.b), ("h", head)),
-            (node.d,),
-            cast(body, DType.F32),
-            make,
-            lambda _, value: f"store(x_{node.d.name}, {value});",
-            between="between();",
-        )
+    def row(head: Var, body: Expr) -> str:
+        index = (("b", node.b), ("h", head))
+        f32 = cast(body, DType.F32)
+        return row_function("row", index, (node.d,), f32, make, lambda _, value: f"store(x_{node.d.name}, {value});")
+
+    def row_member(name: str, text: str, parameters: str = "") -> str:
         return (
-            f"  template <class Ctx, class G_, class Store, class Between> MPK_DEVICE static void {name}(Ctx& c, "
-            f"const G_& g, int b, int h, const Store& store, const Between& between) {{\n    using G = G_;\n"
-            f"    {text}\n  }}"
+            f"  template <class Ctx, class G_, class Store> MPK_DEVICE static void {name}(Ctx& c, const G_& g, int b, "
+            f"int h, const Store& store{parameters}) {{\n    using G = G_;\n    {text}\n  }}"
         )
 
     def scalar(name: str, result: str, parameters: tuple[tuple[str, Var], ...], body: Expr) -> str:
@@ -390,12 +396,16 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
             f"return c.template pointer<{cache}>({slot}) + ({offset}); }}"
         )
 
-    lines.append(row("q_row", node.h, node.q))
+    q_row, key_row = row(node.h, node.q), row(node.g, node.append.key) if node.append else ""
+    both = _either(q_row, key_row, "key")
+    lines.append(f"  static constexpr bool ALIKE = {'true' if both else 'false'};")
+    lines.append(row_member("q_row", both or q_row, ", [[maybe_unused]] bool key"))
     lines.append(address("key_at", node.keys, node.key_index))
     lines.append(address("value_at", node.values, node.value_index))
     if node.append:
-        lines.append(row("key_row", node.g, node.append.key))
-        lines.append(row("value_row", node.g, node.append.value))
+        if not both:
+            lines.append(row_member("key_row", key_row))
+        lines.append(row_member("value_row", row(node.g, node.append.value)))
         lines.append(scalar("position", "i64", (("b", node.b),), node.append.position))
         lines.append(address("new_key_at", node.append.keys, node.key_index))
         lines.append(address("new_value_at", node.append.values, node.value_index))

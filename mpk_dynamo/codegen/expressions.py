@@ -294,13 +294,11 @@ def row_function(
     make: Callable[[Mapping[Expr, str]], Emitter],
     store: Callable[[Emitter, str], str],
     group: int = 32,
-    between: str = "",
 ) -> str:
     """A device function over a cooperating group: reductions first (each over the group), then every element.
 
     parameters: (C++ name, Var) that are arguments. elements: Vars looped over, flattened. store(emitter, value)
-    returns the statement that stores the value, after emitting what it needs. group: threads of the group. between: a
-    statement for when the row's loads are under way.
+    returns the statement that stores the value, after emitting what it needs. group: threads of the group.
     """
     names: dict[Expr, str] = {v: n for n, v in parameters}
     count = math.prod(v.size for v in elements)
@@ -341,7 +339,7 @@ def row_function(
                     early[ld] = f"__uint_as_float({name})"
         if early:
             lines.append(" ".join(f"u32 early{i}[BATCH];" for i in range(len(early))))
-            lines += ["#pragma unroll", f"{each} {' '.join(emitter.lines)} }} }}", between]
+            lines += ["#pragma unroll", f"{each} {' '.join(emitter.lines)} }} }}"]
             if settling.lines:
                 lines += [
                     "poll_until(c, [&] { bool complete = true;",
@@ -350,11 +348,8 @@ def row_function(
                     "return complete; });",
                 ]
             inner |= early
-        else:
-            lines.append(between)
     else:
         reduced = []
-        lines.append(between)
     for i, r in enumerate(x for x in walk(body) if isinstance(x, Reduce)):
         if not r.free <= {v for _, v in parameters}:
             raise Unsupported(f"a reduction inside another depends on its variable: {r!r}"[:300])

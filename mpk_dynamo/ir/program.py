@@ -26,7 +26,7 @@ class Program:
     """source: the translation unit for NVRTC. kinds[opcode]: name of the task body it selects.
     tables: packed little-endian arrays by name (see abi.py). bindings: storages in the order of the launch's
     pointer array: caller's tensors and outputs. threads: per worker (CTA). shared_bytes: dynamic shared memory.
-    calls: what each (node, task kind) expects of the tables."""
+    calls: what each (node, task kind) expects of the tables. profiled: it can record the clocks of its tasks."""
 
     schedule: Schedule
     source: str
@@ -37,3 +37,4 @@ class Program:
     shared_bytes: int
     target: str
     calls: Mapping[tuple[int, str], Call] = field(default_factory=dict)
+    profiled: bool = False

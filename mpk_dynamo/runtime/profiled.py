@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .. import abi
+from ..errors import ProfileError
 from ..passes.schedule.timeline import Timeline
 from ..profiler import decode
 from .callable import DeviceCallable
@@ -21,6 +22,8 @@ class Recorder:
     """Memory for the records of an Executable's launches."""
 
     def __init__(self, executable: Executable) -> None:
+        if not executable.program.profiled:
+            raise ProfileError("the kernel was built without the code that records clocks: emit it as profiled")
         self.executable, self._dtype = executable, abi.PROFILE.dtype
         schedule = executable.program.schedule
         records = schedule.workers + len(schedule.tasks.tasks)

@@ -118,7 +118,7 @@ def program(source: str = SOURCE) -> Program:
     rows = np.zeros(2, abi.TASK.dtype)
     rows["op"] = rows["id"] = [0, 1]
     tables |= {"queues": queues.tobytes(), "tasks": rows.tobytes()}
-    return Program(schedule, source, ("add", "copy"), tables, BINDINGS, SIZE, 4 * SIZE, "toy")
+    return Program(schedule, source, ("add", "copy"), tables, BINDINGS, SIZE, 4 * SIZE, "toy", profiled=True)
 
 
 def read(address: int, dtype: np.dtype, count: int) -> np.ndarray:

@@ -101,9 +101,10 @@ struct Context {
     h.pending = 1;
     h.aborted = 1;
   }
-  // Timeline: the clock of this SM, when profiling is on.
+  // Timeline: the clock of this SM, in kernels that are built for it. In others even the branch would be code.
   MPK_DEVICE void mark(Mark phase) const {
-    if (shared.profile && threadIdx.x == 0) shared.profile[ready->task.id].clock[phase] = ptx::clock();
+    if constexpr (C::PROFILE)
+      if (shared.profile && threadIdx.x == 0) shared.profile[ready->task.id].clock[phase] = ptx::clock();
   }
   // The loader may lower its flight: this task needs no more slots.
   MPK_DEVICE void last_slot_consumed() const {

@@ -11,8 +11,9 @@
 // the appended key and value go to shared memory, so that no edge separates them. Old keys are on their way meanwhile.
 //
 // N (generated): Cache (element type); MMA (q has the cache's 16-bit type: tensor cores); G (query heads per KV head), D,
-// S, CHUNK, APPEND, MASK (0 none, 1 bool, 2 additive), MASK_PER_HEAD, SCALE, SOFTCAP (0: none); q_row(c, group, b, h,
-// store, between), key_row, value_row with store(d, value), between() called when the row's loads are under way;
+// S, CHUNK, APPEND, MASK (0 none, 1 bool, 2 additive), MASK_PER_HEAD, SCALE, SOFTCAP (0: none); ALIKE: rows of q and the
+// new key are the same function of other operands; q_row(c, group, b, h, store, key), key: the new key's where they are
+// ALIKE; key_row, value_row; with store(d, value);
 // position(c, b), first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements; new_key_at,
 // new_value_at: the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value);
 // partial(pointer, value) stores a partial result; FLAGGED: whether they are their own flags.
@@ -46,27 +47,25 @@ struct AttentionScratch {
   static constexpr int BYTES = ROWS + GROUPS * HEADS * (STRIDE + 2) * 4;
 };
 
-// The rows of a task, a warp each. `early` is called once by every thread, as soon as the first row's loads are under way.
-template <class N, class Row, class Ctx, class Early>
-MPK_DEVICE void attention_rows(Ctx& c, int b, int g, Row* rows, Early&& early) {
+// The rows of a task, a warp each.
+template <class N, class Row, class Ctx>
+MPK_DEVICE void attention_rows(Ctx& c, int b, int g, Row* rows) {
   const WarpGroup group;
   const int warp = threadIdx.x / 32;
-  bool pending = true;
-  const auto between = [&] {
-    if (pending) early();
-    pending = false;
-  };
 #pragma unroll 1
   for (int r = warp; r < N::G + (N::APPEND ? 2 : 0); r += static_cast<int>(kConsumerWarps)) {
     const auto store = [&](int d, float v) { rows[r * N::D + d] = narrow<Row>(v); };
-    if (r < N::G) {
-      N::q_row(c, group, b, g * N::G + r, store, between);
+    if (r < N::G + (N::ALIKE ? 1 : 0)) {
+      N::q_row(c, group, b, N::ALIKE && r == N::G ? g : g * N::G + r, store, r == N::G);
     } else if constexpr (N::APPEND) {
-      if (r == N::G) N::key_row(c, group, b, g, store, between);
-      else N::value_row(c, group, b, g, store, between);
+      if constexpr (!N::ALIKE)
+        if (r == N::G) {
+          N::key_row(c, group, b, g, store);
+          continue;
+        }
+      N::value_row(c, group, b, g, store);
     }
   }
-  between();
 }
 
 // Position of the appended key; a cache that is full is reported.
@@ -113,27 +112,30 @@ MPK_DEVICE void attention_append(Ctx& c, int b, int g, int position, const Row* 
   }
 }
 
-// Merges the results for heads head0 ... head0 + count and stores them. Call after a barrier.
+// Merges the results for heads head0 ... head0 + count and stores them. Call after a barrier, with whole warps. Eight
+// neighbouring lanes have elements of one head, and each of them the scale of one group.
 template <class N, class Scratch, class Ctx>
 MPK_DEVICE void attention_finish(Ctx& c, const float* sums, const float* stats, int b, int head0, int count, int split, int splits) {
   constexpr int W = Scratch::GROUPS, HEADS = Scratch::HEADS, STRIDE = Scratch::STRIDE, D = N::D;
-  for (int i = threadIdx.x; i < count * D; i += kConsumers) {
-    const int h = i / D, d = i % D, head = head0 + h;
-    float m[W], l[W], o[W], top = -infinity();
+  static_assert(D % 8 == 0 && W <= 8, "lanes of a head, one a group");
+  const int lane = threadIdx.x & 31, mine = lane & 7;
+#pragma unroll 1
+  for (int first = threadIdx.x - lane; first < count * D; first += kConsumers) {
+    const int i = min(first + lane, count * D - 1), h = i / D, d = i % D, head = head0 + h;
+    const float m = mine < W ? stats[(mine * HEADS + h) * 2] : -infinity(), l = mine < W ? stats[(mine * HEADS + h) * 2 + 1] : 0.0f;
+    float top = m;
+#pragma unroll
+    for (int bit = 1; bit < W; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+    const float scale = l != 0.0f ? ptx::exp2_approx((m - top) * kLog2e) : 0.0f;
+    float sum = l * scale, out = 0.0f;
+#pragma unroll
+    for (int bit = 1; bit < W; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      m[w] = stats[(w * HEADS + h) * 2];
-      l[w] = stats[(w * HEADS + h) * 2 + 1];
-      o[w] = sums[(w * HEADS + h) * STRIDE + d];
-      top = fmaxf(top, m[w]);
+      const float of = __shfl_sync(~0u, scale, w, 8);
+      if (of != 0.0f) out = fmaf(sums[(w * HEADS + h) * STRIDE + d], of, out);
     }
-    float sum = 0.0f, out = 0.0f;
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      const float scale = l[w] != 0.0f ? ptx::exp2_approx((m[w] - top) * kLog2e) : 0.0f;
-      sum = fmaf(l[w], scale, sum);
-      out = scale != 0.0f ? fmaf(o[w], scale, out) : out;
-    }
+    if (first + lane >= count * D) continue;
     if (splits == 1) {
       N::store(c, b, head, d, sum != 0.0f ? out / sum : 0.0f);
     } else {

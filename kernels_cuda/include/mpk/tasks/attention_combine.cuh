@@ -8,7 +8,7 @@ namespace mpk {
 template <class N, class Ctx>
 MPK_DEVICE void attention_combine(Ctx& c) {
   if (!c.wait()) return;
-  constexpr int LANES = N::D <= 64 ? 4 : N::D <= 128 ? 2 : 1, BATCH = 8;
+  constexpr int LANES = N::D <= 64 ? 4 : N::D <= 128 ? 2 : 1, BATCH = 4;
   const int b = c.arg(0), h0 = c.arg(1), h1 = c.arg(2), splits = c.arg(3);
   const float* partial = c.template pointer<float>(c.arg(4));
   const float* stats = c.template pointer<float>(c.arg(5));

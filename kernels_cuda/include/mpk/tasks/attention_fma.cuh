@@ -42,10 +42,9 @@ MPK_DEVICE void attention_fma(Ctx& c) {
       value[u].load(N::value_at(c, b, g, s) + d0);
     }
   };
-  attention_rows<N>(c, b, g, rows, [&] {
 #pragma unroll
-    for (int u = 0; u < S::UNROLL; ++u) fetch(u, s_first + u * STRIDE);
-  });
+  for (int u = 0; u < S::UNROLL; ++u) fetch(u, s_first + u * STRIDE);
+  attention_rows<N>(c, b, g, rows);
   c.barrier();
   c.mark(kInputs);
   if (split == 0) attention_append<N>(c, b, g, position, rows);

@@ -99,10 +99,9 @@ MPK_DEVICE void attention_mma(Ctx& c) {
 #pragma unroll
       for (int j = 0; j < VV; ++j) value[t][i][j] = {0, 0, 0, 0};
   }
-  attention_rows<N>(c, b, g, rows, [&] {
-    fetch_keys(begin + warp * S::BATCH);
-    fetch_values(begin + warp * S::BATCH);
-  });
+  fetch_keys(begin + warp * S::BATCH);
+  fetch_values(begin + warp * S::BATCH);
+  attention_rows<N>(c, b, g, rows);
   c.barrier();
   c.mark(kInputs);
   if (split == 0) attention_append<N>(c, b, g, position, rows);
@@ -168,7 +167,8 @@ MPK_DEVICE void attention_mma(Ctx& c) {
           w[t][e] = dead ? -infinity() : score;
           top[e % 2] = fmaxf(top[e % 2], w[t][e]);
         }
-      fetch_keys(s0 + W * S::BATCH);
+      const bool more = s0 + W * S::BATCH < end;
+      if (more) fetch_keys(s0 + W * S::BATCH);
       bool moved = false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -233,7 +233,7 @@ MPK_DEVICE void attention_mma(Ctx& c) {
           }
         }
       }
-      fetch_values(s0 + W * S::BATCH);
+      if (more) fetch_values(s0 + W * S::BATCH);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
