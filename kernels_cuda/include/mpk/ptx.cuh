@@ -16,16 +16,22 @@ MPK_DEVICE void mbarrier_init(u64* bar, u32 count) {
 MPK_DEVICE void mbarrier_arrive(u64* bar) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(bar)) : "memory");
 }
-MPK_DEVICE bool mbarrier_test(u64* bar, u32 parity) {
+// Without ever suspending the thread.
+MPK_DEVICE bool mbarrier_look(u64* bar, u32 parity) {
   u32 done;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-#else
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-#endif
   return done;
+}
+MPK_DEVICE bool mbarrier_test(u64* bar, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+  return done;
+#else
+  return mbarrier_look(bar, parity);
+#endif
 }
 
 #if __CUDA_ARCH__ >= 900

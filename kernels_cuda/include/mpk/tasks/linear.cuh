@@ -3,9 +3,10 @@
 // A slot is one contiguous copy: whole rows, or one of PIECES equal pieces of a row. A group of WARPS warps owns a row:
 // thread `rank` of the group owns the 16-byte vectors rank, rank + WARPS*32, ... of it, and keeps its slice of x in
 // fp32 registers (one token). So a row is read without bank conflicts and x never goes through shared memory.
-// A slot's vectors are read a slot before they are multiplied: two warps a scheduler hide little else.
-// Sums of a few rows are reduced over the lanes together (4 rows cost 6 shuffles instead of 20), then over the warps in
-// shared memory by the thread that owns the row. One owner and a fixed order: bit-identical from run to run.
+// A slot's vectors are read a slot before they are multiplied, and its barrier is looked at a slot before that: two warps
+// a scheduler hide little else.
+// Sums of a few rows are reduced over the lanes together until each is in LEFT lanes; shared memory takes it from there,
+// where as many threads sum up a row over lanes and warps. One owner and a fixed order: bit-identical from run to run.
 //
 // N (generated): Element; T, K, JOINT, COPY_BYTES, WARPS; the prologue along k, VECTOR columns at a time: Held, what it reads
 // (load<true>: operands that nothing writes, before the events have come; load<false>: the rest; poll: loads again what is
@@ -36,11 +37,16 @@ struct LinearShape {
   static constexpr int SUMS = SLOTS * N::JOINT * GROUP_ROWS;
   static constexpr int TOGETHER = SUMS < 8 ? SUMS : 8;
   static_assert(SUMS % TOGETHER == 0, "whole reductions");
+  static constexpr int LEFT = N::T > 1 ? 1 : TOGETHER > 4 ? 4 : 8;  // lanes whose partial sums of a row are kept apart
+  static constexpr int ROW_SUMS = N::T * N::JOINT * WARPS * LEFT;
+  static constexpr int STRIDE = ROW_SUMS + (N::T == 1 && ROW_SUMS % (2 * LEFT) == 0 ? LEFT : 0);  // other banks each row
   static constexpr int BATCH_ROWS = SLOTS * SLOT_ROWS;
-  static constexpr int BUDGET = 8192 / (N::JOINT * N::T * WARPS * 4);  // rows whose partial sums fit in 8 KiB
-  static constexpr int LIMIT = BUDGET < static_cast<int>(kConsumers) || N::T > 1 ? BUDGET : static_cast<int>(kConsumers);
+  static constexpr int BUDGET = 8192 / (STRIDE * 4);  // rows whose partial sums fit in 8 KiB
+  static constexpr int READ = static_cast<int>(kConsumers) / LEFT;  // rows that all threads sum up together
+  static constexpr int LIMIT = BUDGET < READ || N::T > 1 ? BUDGET : READ;
   static constexpr int BLOCK_ROWS = LIMIT < BATCH_ROWS ? BATCH_ROWS : LIMIT / BATCH_ROWS * BATCH_ROWS;
-  static constexpr int PARTIAL_BYTES = BLOCK_ROWS * N::JOINT * N::T * WARPS * 4;
+  static constexpr int PARTIAL_BYTES = BLOCK_ROWS * STRIDE * 4;
+  static_assert(N::T > 1 || BLOCK_ROWS <= READ, "a block is summed up at once");
   static_assert(GROUP_ROWS <= 8, "LaneSums takes 8 rows");
   static constexpr int SCRATCH = 128 + 2 * PARTIAL_BYTES;  // two blocks, so that one barrier per block suffices
   static_assert(PIECES > 1 ? PIECES * N::COPY_BYTES == ROW_BYTES : SLOT_ROWS * ROW_BYTES == N::COPY_BYTES, "copies");
@@ -48,18 +54,20 @@ struct LinearShape {
   static_assert(VECTORS * VECTOR * PIECES == N::K, "rows are cut into equal pieces of whole vectors");
 };
 
-// Sum v[i] over the 32 lanes for COUNT values at once. The result of value i ends on the lanes where
-// owner(lane) == i; returns it.
-template <int COUNT>
+// Sum in[i] over the lanes that agree in their place within LEFT lanes, for COUNT values at once. The result of value i
+// ends on the lanes where owner(lane) == i; returns it.
+template <int COUNT, int LEFT = 1>
 struct LaneSums {
   static constexpr int P = COUNT > 4 ? 8 : COUNT > 2 ? 4 : COUNT > 1 ? 2 : 1;
+  static constexpr int COPIES = 32 / P - 1 & ~(LEFT - 1);  // bits of the lane in which lanes with the same sum differ
+  static_assert(P * LEFT <= 32, "lanes");
   MPK_DEVICE static float reduce(const float* in, int lane, int& owner) {
     float v[P];
 #pragma unroll
     for (int i = 0; i < P; ++i) v[i] = i < COUNT ? in[i] : 0.0f;
     owner = 0;
 #pragma unroll
-    for (int bit = 16, n = P; bit; bit >>= 1) {
+    for (int bit = 16, n = P; bit >= LEFT; bit >>= 1) {
       if (n > 1) {
         n >>= 1;
         const bool up = lane & bit;
@@ -83,7 +91,8 @@ struct Weights {
   using S = LinearShape<N>;
   Ctx& c;
   const int rank, group;
-  int left = 0;  // slots of the segment that are not read yet
+  int left = 0;  // slots of the task that are not read yet
+  bool full = false;  // the next one is there: seen when the one before was read
   ptx::Vec4 ahead[S::GROUP_ROWS * S::PER_THREAD];
 
   MPK_DEVICE Weights(Ctx& context, int r, int g) : c(context), rank(r), group(g) {}
@@ -94,9 +103,19 @@ struct Weights {
   }
   MPK_DEVICE bool owns(int p) const { return S::VECTORS % S::LANES == 0 || p * S::LANES + rank < S::VECTORS; }
   MPK_DEVICE bool has(int r) const { return S::SLOT_ROWS % S::GROUPS == 0 || group + r * S::GROUPS < S::SLOT_ROWS; }
+  // Count the slots of the task, and read the first.
+  MPK_DEVICE void begin() {
+#pragma unroll 1
+    for (int s = 0; s < c.arg(7); ++s) {
+      const Segment seg = c.ready->segment[s];
+      left += (static_cast<int>(seg.rows) + S::SLOT_ROWS - 1) / S::SLOT_ROWS * S::PIECES * N::joint(seg.part);
+    }
+    read();
+  }
   MPK_DEVICE void read() {
     --left;
-    const char* bytes = c.ring.wait() + group * S::ROW_BYTES + rank * 16;
+    if (!full) c.ring.wait();
+    const char* bytes = c.ring.bytes() + group * S::ROW_BYTES + rank * 16;
 #pragma unroll
     for (int r = 0; r < S::GROUP_ROWS; ++r)
 #pragma unroll
@@ -110,6 +129,7 @@ struct Weights {
 #pragma unroll
     for (int i = 0; i < S::GROUP_ROWS * S::PER_THREAD; ++i) now[i] = ahead[i];
     if (left) read();
+    full = c.ring.full();
 #pragma unroll
     for (int r = 0; r < S::GROUP_ROWS; ++r)
 #pragma unroll
@@ -154,6 +174,7 @@ MPK_DEVICE void linear(Ctx& c) {
   float* partial[2] = {reinterpret_cast<float*>(c.scratch() + 128), reinterpret_cast<float*>(c.scratch() + 128 + S::PARTIAL_BYTES)};
   int turn = 0;
 
+  Weights<N, Ctx> weights(c, g.rank, group);
   constexpr int OWN = S::PIECES * S::PER_THREAD;
   float x[OWN][S::VECTOR];  // this thread's slice of the one token
   if constexpr (N::T == 1) {
@@ -167,6 +188,7 @@ MPK_DEVICE void linear(Ctx& c) {
 #pragma unroll
     for (int p = 0; p < OWN; ++p)
       if (own(p)) N::template load<false>(c, 0, column(p), held[p]);
+    weights.begin();
     poll_until(c, [&] {
       bool complete = true;
 #pragma unroll
@@ -184,20 +206,19 @@ MPK_DEVICE void linear(Ctx& c) {
     if (!c.wait()) return;
   }
 
-  Weights<N, Ctx> weights(c, g.rank, group);
   const int segments = c.arg(7);
+#pragma unroll 1
   for (int s = 0; s < segments; ++s) {
     const Segment seg = c.ready->segment[s];
     const int joint = N::joint(seg.part);
-    if constexpr (N::T == 1) {
-      weights.left = (static_cast<int>(seg.rows) + S::SLOT_ROWS - 1) / S::SLOT_ROWS * S::PIECES * joint;
-      weights.read();
-    }
+#pragma unroll 1
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS, turn ^= 1) {
       const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
       float* sums = partial[turn];
       u32 kept[N::HOLD];
-      if (N::T == 1 && static_cast<int>(threadIdx.x) < rows) N::hold(c, seg.part, 0, seg.row + block + threadIdx.x, kept);
+      const int mine = threadIdx.x / S::LEFT, sub = threadIdx.x % S::LEFT;  // one token: the row and part that this thread sums up
+      if (N::T == 1 && sub == 0 && mine < rows) N::hold(c, seg.part, 0, seg.row + block + mine, kept);
+#pragma unroll 1
       for (int first = 0; first < rows; first += S::BATCH_ROWS) {
         if constexpr (N::T == 1) {
           float acc[S::SUMS];
@@ -215,13 +236,13 @@ MPK_DEVICE void linear(Ctx& c) {
           if (s == segments - 1 && block + first + S::BATCH_ROWS >= seg.rows) c.last_slot_consumed();
 #pragma unroll
           for (int some = 0; some < S::SUMS; some += S::TOGETHER) {
+            using Sums = LaneSums<S::TOGETHER, S::LEFT>;
             int owner;
-            const float sum = LaneSums<S::TOGETHER>::reduce(acc + some, lane, owner);
+            const float sum = Sums::reduce(acc + some, lane, owner);
             const int i = owner + some, j = i / S::GROUP_ROWS % N::JOINT, in_slot = group + i % S::GROUP_ROWS * S::GROUPS;
-            constexpr int COPIES = 32 / LaneSums<S::TOGETHER>::P;  // lanes that hold the same sum
-            if ((lane & (COPIES - 1)) == 0 && owner < S::TOGETHER && i < S::SUMS && j < joint && in_slot < S::SLOT_ROWS) {
+            if ((lane & Sums::COPIES) == 0 && owner < S::TOGETHER && j < joint && in_slot < S::SLOT_ROWS) {
               const int row = first + i / (S::GROUP_ROWS * N::JOINT) * S::SLOT_ROWS + in_slot;
-              sums[(row * N::JOINT + j) * S::WARPS + warp % S::WARPS] = sum;
+              sums[row * S::STRIDE + (j * S::WARPS + warp % S::WARPS) * S::LEFT + lane % S::LEFT] = sum;
             }
           }
         } else {
@@ -280,19 +301,33 @@ MPK_DEVICE void linear(Ctx& c) {
         }
       }
       c.barrier();
-      for (int i = threadIdx.x; i < rows * N::T; i += kConsumers) {
-        const int row = N::T == 1 ? i : i % rows, t = N::T == 1 ? 0 : i / rows;
+      if constexpr (N::T == 1) {
         float y[N::JOINT];
 #pragma unroll
         for (int j = 0; j < N::JOINT; ++j) {
-          const float* q = sums + ((row * N::T + t) * N::JOINT + j) * S::WARPS;
           y[j] = 0.0f;
-          if (j < joint)
+          if (j < joint && mine < rows)
 #pragma unroll
-            for (int w = 0; w < S::WARPS; ++w) y[j] += q[w];
+            for (int w = 0; w < S::WARPS; ++w) y[j] += sums[mine * S::STRIDE + (j * S::WARPS + w) * S::LEFT + sub];
+#pragma unroll
+          for (int bit = 1; bit < S::LEFT; bit <<= 1) y[j] += __shfl_xor_sync(~0u, y[j], bit);
         }
-        if (N::T > 1) N::hold(c, seg.part, t, seg.row + block + row, kept);
-        N::epilogue(c, seg.part, t, seg.row + block + row, y, kept);
+        if (sub == 0 && mine < rows) N::epilogue(c, seg.part, 0, seg.row + block + mine, y, kept);
+      } else {
+        for (int i = threadIdx.x; i < rows * N::T; i += kConsumers) {
+          const int row = i % rows, t = i / rows;
+          float y[N::JOINT];
+#pragma unroll
+          for (int j = 0; j < N::JOINT; ++j) {
+            const float* q = sums + ((row * N::T + t) * N::JOINT + j) * S::WARPS;
+            y[j] = 0.0f;
+            if (j < joint)
+#pragma unroll
+              for (int w = 0; w < S::WARPS; ++w) y[j] += q[w];
+          }
+          N::hold(c, seg.part, t, seg.row + block + row, kept);
+          N::epilogue(c, seg.part, t, seg.row + block + row, y, kept);
+        }
       }
     }
   }
