@@ -157,6 +157,23 @@ MPK_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+MPK_DEVICE float float_of_half(unsigned short bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+// Two numbers rounded to 16 bits, the first in the low half.
+MPK_DEVICE u32 pack_bf16x2(float a, float b) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+  return r;
+}
+MPK_DEVICE u32 pack_f16x2(float a, float b) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+  return r;
+}
+
 // An 8x8 matrix of 16-bit elements, a lane's two (row lane / 4, columns 2 (lane % 4) and the next), transposed.
 MPK_DEVICE u32 transpose8x8(u32 v) {
   u32 r;

@@ -13,25 +13,13 @@ struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
 
 MPK_DEVICE float widen(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
-MPK_DEVICE float widen(f16 v) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
-  return f;
-}
+MPK_DEVICE float widen(f16 v) { return ptx::float_of_half(v.bits); }
 MPK_DEVICE float widen(float v) { return v; }
 
 // Two numbers of a 16-bit type, the first in the low half.
 template <class T> MPK_DEVICE u32 pack2(float a, float b);
-template <> MPK_DEVICE u32 pack2<bf16>(float a, float b) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-  return r;
-}
-template <> MPK_DEVICE u32 pack2<f16>(float a, float b) {
-  u32 r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-  return r;
-}
+template <> MPK_DEVICE u32 pack2<bf16>(float a, float b) { return ptx::pack_bf16x2(a, b); }
+template <> MPK_DEVICE u32 pack2<f16>(float a, float b) { return ptx::pack_f16x2(a, b); }
 
 // One number is converted as half of a pair: a conversion to a single one (F2F) goes through the slow unit that computes
 // square roots and sines, one to a pair (F2FP) does not.
