@@ -27,7 +27,10 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off
 
 def compile_for_host(program: Program, folder: Path) -> Path:
     """The kernel as a shared library. Raises CalledProcessError with the compiler's messages."""
-    name = hashlib.sha256(program.source.encode()).hexdigest()[:16]
+    key = hashlib.sha256(program.source.encode())
+    for file in sorted([*HOST.rglob("*.*h"), *include_dir().rglob("*.*h")]):
+        key.update(file.read_bytes())
+    name = key.hexdigest()[:16]
     library = folder / f"{name}.so"
     if not library.exists():
         (folder / "mpk").mkdir(exist_ok=True)

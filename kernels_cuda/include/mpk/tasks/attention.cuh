@@ -112,17 +112,17 @@ MPK_DEVICE void attention_append(Ctx& c, int b, int g, int position, const Row* 
   }
 }
 
-// Merges the results for heads head0 ... head0 + count and stores them. Call after a barrier, with whole warps. Eight
-// neighbouring lanes have elements of one head, and each of them the scale of one group.
+// Merges the results for heads head0 ... head0 + count and stores them. Call after a barrier, with whole warps. As many
+// neighbouring lanes as there are groups have elements of one head, and each of them the scale of one group.
 template <class N, class Scratch, class Ctx>
 MPK_DEVICE void attention_finish(Ctx& c, const float* sums, const float* stats, int b, int head0, int count, int split, int splits) {
   constexpr int W = Scratch::GROUPS, HEADS = Scratch::HEADS, STRIDE = Scratch::STRIDE, D = N::D;
-  static_assert(D % 8 == 0 && W <= 8, "lanes of a head, one a group");
-  const int lane = threadIdx.x & 31, mine = lane & 7;
+  static_assert(D % 8 == 0 && (W == 4 || W == 8), "lanes of a head, one a group");
+  const int lane = threadIdx.x & 31, mine = lane % W;
 #pragma unroll 1
   for (int first = threadIdx.x - lane; first < count * D; first += kConsumers) {
     const int i = min(first + lane, count * D - 1), h = i / D, d = i % D, head = head0 + h;
-    const float m = mine < W ? stats[(mine * HEADS + h) * 2] : -infinity(), l = mine < W ? stats[(mine * HEADS + h) * 2 + 1] : 0.0f;
+    const float m = stats[(mine * HEADS + h) * 2], l = stats[(mine * HEADS + h) * 2 + 1];
     float top = m;
 #pragma unroll
     for (int bit = 1; bit < W; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
@@ -132,7 +132,7 @@ MPK_DEVICE void attention_finish(Ctx& c, const float* sums, const float* stats, 
     for (int bit = 1; bit < W; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      const float of = __shfl_sync(~0u, scale, w, 8);
+      const float of = __shfl_sync(~0u, scale, w, W);
       if (of != 0.0f) out = fmaf(sums[(w * HEADS + h) * STRIDE + d], of, out);
     }
     if (first + lane >= count * D) continue;
