@@ -185,6 +185,7 @@ inline void run(unsigned blocks, unsigned threads, unsigned seed, char* (*shared
 #define gridDim (host::grid)
 
 struct float2 { float x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 namespace mpk { __attribute__((aligned(128))) __thread char raw[host::kShared]; }
 inline char* host_shared() { return mpk::raw; }
 
@@ -210,6 +211,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return r;
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+template <class T, class V> T atomicAdd(T* p, V v) { return __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_SEQ_CST); }
 
 inline void __syncwarp(unsigned = ~0u) { host::meet_warp(); }
 inline void __syncthreads() { host::meet(host::cta->named[0], static_cast<unsigned>(host::cta->fibers.size())); }

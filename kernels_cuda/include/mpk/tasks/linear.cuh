@@ -36,7 +36,7 @@ struct LinearShape {
   static constexpr int SLOTS = GROUP_ROWS * PIECES * N::JOINT >= 4 ? 1 : 4 / (GROUP_ROWS * PIECES * N::JOINT);
   static constexpr int SUMS = SLOTS * N::JOINT * GROUP_ROWS;
   static constexpr int TOGETHER = SUMS < 8 ? SUMS : 8;
-  static_assert(SUMS % TOGETHER == 0, "whole reductions");
+  static constexpr int PADDED = (SUMS + TOGETHER - 1) / TOGETHER * TOGETHER;
   static constexpr int LEFT = N::T > 1 ? 1 : TOGETHER > 4 ? 4 : 8;  // lanes whose partial sums of a row are kept apart
   static constexpr int ROW_SUMS = N::T * N::JOINT * WARPS * LEFT;
   static constexpr int STRIDE = ROW_SUMS + (N::T == 1 && ROW_SUMS % (2 * LEFT) == 0 ? LEFT : 0);  // other banks each row
@@ -221,9 +221,9 @@ MPK_DEVICE void linear(Ctx& c) {
 #pragma unroll 1
       for (int first = 0; first < rows; first += S::BATCH_ROWS) {
         if constexpr (N::T == 1) {
-          float acc[S::SUMS];
+          float acc[S::PADDED];
 #pragma unroll
-          for (int i = 0; i < S::SUMS; ++i) acc[i] = 0.0f;
+          for (int i = 0; i < S::PADDED; ++i) acc[i] = 0.0f;
 #pragma unroll
           for (int slot = 0; slot < S::SLOTS; ++slot) {
             if (first + slot * S::SLOT_ROWS >= rows) continue;
@@ -240,7 +240,7 @@ MPK_DEVICE void linear(Ctx& c) {
             int owner;
             const float sum = Sums::reduce(acc + some, lane, owner);
             const int i = owner + some, j = i / S::GROUP_ROWS % N::JOINT, in_slot = group + i % S::GROUP_ROWS * S::GROUPS;
-            if ((lane & Sums::COPIES) == 0 && owner < S::TOGETHER && j < joint && in_slot < S::SLOT_ROWS) {
+            if ((lane & Sums::COPIES) == 0 && owner < S::TOGETHER && i < S::SUMS && j < joint && in_slot < S::SLOT_ROWS) {
               const int row = first + i / (S::GROUP_ROWS * N::JOINT) * S::SLOT_ROWS + in_slot;
               sums[row * S::STRIDE + (j * S::WARPS + warp % S::WARPS) * S::LEFT + lane % S::LEFT] = sum;
             }
