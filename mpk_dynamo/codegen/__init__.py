@@ -31,7 +31,9 @@ FIXED_SHARED = 4096
 
 
 def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Program:
-    """`profiled`: with the code that records the clocks of tasks. Raises Unsupported when a node has no device form (the pipeline then falls back, reported)."""
+    """`profiled`: with the code that records the clocks of tasks.
+
+    Raises Unsupported when a node has no device form (the pipeline then falls back, reported)."""
     tg = schedule.tasks
     used = sorted({(t.node, t.op) for t in tg.tasks})
     found = _bodies(tg, {node for node, op in used if op == "attention_combine"})

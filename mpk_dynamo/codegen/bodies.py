@@ -123,7 +123,6 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
             if buffers[w].strides != (inner, 1) or buffers[w].dtype is not weight.dtype:
                 raise Unsupported(f"weight {w} is not a contiguous {weight.dtype.value} matrix", origin=node.origin)
     geometry = linear_geometry(node, buffers)
-    width = 16 // weight.dtype.itemsize
     element = MEMORY_TYPE[weight.dtype]
     lines = [
         f"  using Element = {element};",
@@ -327,7 +326,12 @@ def _either(text: str, other: str, condition: str) -> str:
     if not other or pattern.sub("", text) != pattern.sub("", other):
         return ""
     slots = iter(zip(pattern.findall(text), pattern.findall(other), strict=True))
-    return pattern.sub(lambda _: a if (a := (pair := next(slots))[0]) == pair[1] else f"{condition} ? {pair[1]} : {a}", text)
+
+    def slot(_: re.Match[str]) -> str:
+        mine, theirs = next(slots)
+        return mine if mine == theirs else f"{condition} ? {theirs} : {mine}"
+
+    return pattern.sub(slot, text)
 
 
 MAX_QUERY_BYTES = 64 << 10

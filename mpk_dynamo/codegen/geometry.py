@@ -29,8 +29,8 @@ LANE_ROWS = 8
 @dataclass(frozen=True)
 class Geometry:
     """copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row (not on tensor cores).
-    slot_rows: for tensor cores (0: not), the rows of a slot. chunk: their columns. block_rows: rows of one run where rows
-    are cut into chunks; 0: a run is a segment."""
+    slot_rows: for tensor cores (0: not), the rows of a slot. chunk: their columns. block_rows: rows of one run where
+    rows are cut into chunks; 0: a run is a segment."""
 
     copy_bytes: int
     slot_bytes: int

@@ -1,4 +1,4 @@
-"""The generated kernel compiled for the host, where it runs as it would on a GPU: see kernels_cuda/tests/host/cuda.h."""
+"""The generated kernel, compiled for the host and run there. kernels_cuda/tests/host/cuda.h says how."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ extern "C" void mpk_host_launch(const void* launch, unsigned blocks, unsigned th
   host::run(blocks, threads, seed, host_shared, [=] { %s(*static_cast<const mpk::Launch*>(launch)); });
 }
 """
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-march=native", "-U_FORTIFY_SOURCE", "-w"]
+FLAGS = "-std=c++17 -O1 -fPIC -shared -pthread -ffp-contract=off -march=native -U_FORTIFY_SOURCE -w".split()
 
 
 def compile_for_host(program: Program, folder: Path) -> Path:
-    """The kernel as a shared library. Raises CalledProcessError with the compiler's messages."""
+    """The kernel as a shared library. Raises RuntimeError with the compiler's messages."""
     key = hashlib.sha256(program.source.encode())
     for file in sorted([*HOST.rglob("*.*h"), *include_dir().rglob("*.*h")]):
         key.update(file.read_bytes())
@@ -38,7 +38,8 @@ def compile_for_host(program: Program, folder: Path) -> Path:
         source = folder / f"{name}.cpp"
         source.write_text('#include "cuda.h"\n' + program.source + ENTRY % abi.KERNEL_NAME)
         paths = [f"-I{p}" for p in (HOST, folder, include_dir())]
-        done = subprocess.run([COMPILER, *FLAGS, *paths, "-o", str(library), str(source)], capture_output=True, text=True)
+        command = [COMPILER, *FLAGS, *paths, "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[:6000])
     return library

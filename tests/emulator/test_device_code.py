@@ -143,9 +143,7 @@ def test_one_token_at_real_widths(width: int, inner: int, dtype: torch.dtype, fo
     assert error < 1.5 * of_eager + 1e-6
 
 
-@pytest.mark.parametrize(
-    "batch", [1, pytest.param(3, marks=pytest.mark.slow)]
-)  # fmt: skip
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_decode_of_a_model(batch: int, folder: Path) -> None:
     """Steps of a decoder: the kernel is launched again and again, and each step needs what the one before left."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
