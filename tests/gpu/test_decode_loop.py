@@ -162,7 +162,8 @@ def test_a_signal_that_is_missing_in_a_launch_of_several_steps_is_a_fault(cache_
     executable._tables[start : start + table.nbytes].copy_(
         torch.frombuffer(bytearray(table.tobytes()), dtype=torch.uint8)
     )
-    with pytest.raises(DeviceFault, match="an event did not arrive"):
+    # whoever waits longest says so first: for the event, or for a value of a task that waits for it
+    with pytest.raises(DeviceFault, match="an event did not arrive|a value was not published"):
         decoding.generate([20])
     works = torch.ones(3, device=DEVICE) * 2
     assert works.sum().item() == 6
