@@ -130,10 +130,23 @@ class Gated(torch.nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_one_token_at_real_widths(width: int, inner: int, dtype: torch.dtype, folder: Path) -> None:
     """Rows of a slot, warps of a row, pieces of a row and last blocks that are not full, each as the width has it."""
+    check_gated(1, width, inner, dtype, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [2, 8, 11, 16])
+@pytest.mark.parametrize(("width", "inner"), [(2048, 200), (1000, 2560), (2560, 72), (200, 5200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_tokens_at_real_widths(tokens: int, width: int, inner: int, dtype: torch.dtype, folder: Path) -> None:
+    """Norms in the prologue and before it, whole rows and chunks of them, chunks and last tiles that are not full."""
+    check_gated(tokens, width, inner, dtype, folder)
+
+
+def check_gated(tokens: int, width: int, inner: int, dtype: torch.dtype, folder: Path) -> None:
     torch._dynamo.reset()
     torch.manual_seed(width)
     model = Gated(width, inner).to(dtype)
-    x = torch.randn(1, width, dtype=dtype)
+    x = torch.randn(tokens, width, dtype=dtype)
     with torch.no_grad():
         got = torch.compile(model, backend=emulated(folder), dynamic=False)(x)
         eager = model(x)
