@@ -15,8 +15,8 @@ SLOT_BYTES = 16384
 """Bytes of one copy at most: large copies stream at the full rate with few in flight (3 to 4 slots suffice)."""
 
 CHUNK = 2048
-"""Columns of x that the tensor-core body holds in registers at a time: row pieces of 4 KiB, which stream at the full
-rate. Of a prologue that reduces over rows it holds whole rows."""
+"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, row
+pieces of 2 KiB, which stream at nearly the full rate. Of a prologue that reduces over rows it holds whole rows."""
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8
@@ -55,11 +55,13 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
         return Geometry(0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
-        chunk = k if reductions(node.x) else min(k, CHUNK)
+        chunk = k if reductions(node.x) or k <= CHUNK else CHUNK // 2
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows * piece > SLOT_BYTES:
             rows //= 2
-        return Geometry(piece, rows * piece, CONSUMER_WARPS, rows, chunk, 8 // joint * TILE_ROWS if chunk < k else 0)
+        tiles = (8 if node.t.size <= 8 else 4) // joint  # whose sums are in shared memory together
+        blocks = tiles * TILE_ROWS if chunk < k else 0
+        return Geometry(piece, rows * piece, CONSUMER_WARPS, rows, chunk, blocks)
     vectors = row_bytes // 16
     if row_bytes <= SLOT_BYTES:
         rows, warps = _shared_out(vectors, SLOT_BYTES // row_bytes, dtype.itemsize)

@@ -93,7 +93,8 @@ MPK_DEVICE void attention_ahead(Ctx& c) {
     c.ready->ahead[3] = split < range.used;
   }
   constexpr int PER_LINE = 128 / static_cast<int>(sizeof(typename N::Cache)), LINES = (N::D + PER_LINE - 1) / PER_LINE;
-  for (int i = lane; i < min(end - begin, N::CHUNK) * LINES; i += 32) {
+  constexpr int FIT = (96 << 10) / (2 * N::D * static_cast<int>(sizeof(typename N::Cache)));
+  for (int i = lane; i < min(end - begin, FIT < N::CHUNK ? N::CHUNK : FIT) * LINES; i += 32) {
     const int s = begin + i / LINES, d = i % LINES * PER_LINE;
     ptx::prefetch_l2(N::key_at(c, b, g, s) + d);
     ptx::prefetch_l2(N::value_at(c, b, g, s) + d);

@@ -8,21 +8,24 @@ namespace mpk {
 template <class N, class Ctx>
 MPK_DEVICE void attention_combine(Ctx& c) {
   if (!c.wait()) return;
-  constexpr int LANES = N::D <= 64 ? 4 : N::D <= 128 ? 2 : 1, BATCH = 4;
+  constexpr int BATCH = 4;
   const int b = c.arg(0), h0 = c.arg(1), h1 = c.arg(2), splits = c.arg(3);
   const float* partial = c.template pointer<float>(c.arg(4));
   const float* stats = c.template pointer<float>(c.arg(5));
   const int used = KeyRanges(N::first(c, b), N::last(c, b), N::S, N::CHUNK, splits).used;
-  const int count = (h1 - h0) * N::D, lane_split = threadIdx.x % LANES;
-  for (int i = threadIdx.x / LANES; i < round_up(count, 32); i += kConsumers / LANES) {
+  const int count = (h1 - h0) * N::D;
+  // as many as let the worker take all elements at once: each pass waits for its loads
+  const int lanes = count <= static_cast<int>(kConsumers) / 4 ? 4 : count <= static_cast<int>(kConsumers) / 2 ? 2 : 1;
+  const int lane_split = threadIdx.x % lanes;
+  for (int i = threadIdx.x / lanes; i < round_up(count, 32); i += kConsumers / lanes) {
     const int e = min(i, count - 1);
     const int h = h0 + e / N::D, d = e % N::D, at = (b * N::H + h) * splits;
     float top = -infinity(), sum = 0.0f, out = 0.0f;
-    for (int s0 = lane_split; s0 < used; s0 += BATCH * LANES) {
+    for (int s0 = lane_split; s0 < used; s0 += BATCH * lanes) {
       u32 raw[3][BATCH];
       float m[BATCH], l[BATCH], p[BATCH];
-      const auto held = [&](int u) { return s0 + u * LANES < used; };
-      const auto place = [&](int u) { return at + s0 + u * LANES; };
+      const auto held = [&](int u) { return s0 + u * lanes < used; };
+      const auto place = [&](int u) { return at + s0 + u * lanes; };
 #pragma unroll
       for (int u = 0; u < BATCH; ++u)
         if (held(u)) {
@@ -62,8 +65,7 @@ MPK_DEVICE void attention_combine(Ctx& c) {
       }
       top = next;
     }
-#pragma unroll
-    for (int bit = 1; bit < LANES; bit <<= 1) {  // added in an order that does not depend on the lane
+    for (int bit = 1; bit < lanes; bit <<= 1) {  // added in an order that does not depend on the lane
       const float m2 = __shfl_xor_sync(~0u, top, bit), l2 = __shfl_xor_sync(~0u, sum, bit), o2 = __shfl_xor_sync(~0u, out, bit);
       const float next = fmaxf(top, m2);
       const float mine = sum != 0.0f ? ptx::exp2_approx((top - next) * kLog2e) : 0.0f;

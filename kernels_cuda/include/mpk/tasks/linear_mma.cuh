@@ -5,7 +5,9 @@
 // (mma_input.cuh). The 8 lanes that a 16-byte shared load serves together read 64 bytes of two rows; where rows are a
 // multiple of 128 bytes apart, odd rows read their other 64 bytes first, so that the two never share a bank.
 //
-// The order of slots is chunk, tile, joint weight. Partial sums of the warps meet in shared memory in a fixed order.
+// The order of slots is chunk, tile, joint weight. Sums of a tile leave the registers with the chunk: each warp keeps its
+// own in shared memory, so that one loop passes all tiles (its code once for each tile would not stay in the instruction
+// cache). They meet there in a fixed order at the end of a block.
 //
 // N: as in linear.cuh but for the prologue (mma_input.cuh); SLOT_ROWS, CHUNK.
 #pragma once
@@ -15,37 +17,37 @@ namespace mpk {
 
 template <class N>
 struct MmaShape {
+  using Input = MmaInput<N>;
   static constexpr int WARPS = static_cast<int>(kConsumerWarps);
   static constexpr int TILE = static_cast<int>(kTileRows);
   static constexpr int PARTS = TILE / N::SLOT_ROWS;  // slots of a tile
-  static constexpr int STRIDE = MmaInput<N>::CHUNKS == 1 ? N::K * 2 : N::CHUNK * 2;  // bytes from row to row in a slot
+  static constexpr int STRIDE = Input::CHUNKS == 1 ? N::K * 2 : N::CHUNK * 2;  // bytes from row to row in a slot
   static constexpr bool SWAP = STRIDE % 128 < 32 || STRIDE % 128 > 96;
-  static constexpr int TILES = 8 / N::JOINT;  // tiles of a block: as many as registers allow
+  static constexpr int TILES = 8 / Input::HALVES / N::JOINT;  // of a block: 16 KiB of sums
   static constexpr int BLOCK_ROWS = TILES * TILE;
-  static constexpr int ENTRY = MmaInput<N>::HALVES * 8 * TILE;           // partial sums of a tile, of a warp
-  static constexpr int ROUND = 8 / MmaInput<N>::HALVES / N::JOINT;       // tiles reduced together: 16 KiB
-  static constexpr int ROUNDS = TILES / ROUND;
-  static constexpr int PITCH = WARPS * ENTRY + 8 / N::JOINT;              // padded: neighbouring tiles in other banks
-  static constexpr int SCRATCH = ROUND * N::JOINT * PITCH * 4;
-  static constexpr int OWN = (ROUND * TILE * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
+  static constexpr int ENTRY = Input::HALVES * 8 * TILE;     // sums of a tile, of a warp
+  static constexpr int PITCH = WARPS * ENTRY + 8 / N::JOINT;  // padded: neighbouring tiles in other banks
+  static constexpr int SUMS = TILES * N::JOINT * PITCH * 4;
+  static constexpr int SCRATCH = SUMS + Input::SCRATCH;
+  static constexpr int OWN = (BLOCK_ROWS * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
   static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
 };
 
-// The output elements that this thread owns of a round: visit(u, row of the block, token), rows next to each other.
+// The output elements that this thread owns of a block: visit(u, row of the block, token), rows next to each other.
 template <class N, class F>
-MPK_DEVICE void each_owned(int round, int rows, F&& visit) {
+MPK_DEVICE void each_owned(int rows, F&& visit) {
   using S = MmaShape<N>;
 #pragma unroll
   for (int u = 0; u < S::OWN; ++u) {
     const int e = static_cast<int>(threadIdx.x) + u * static_cast<int>(kConsumers);
-    const int row = round * S::ROUND * S::TILE + e % (S::ROUND * S::TILE), t = e / (S::ROUND * S::TILE);
+    const int row = e % S::BLOCK_ROWS, t = e / S::BLOCK_ROWS;
     if (t < N::T && row < rows) visit(u, row, t);
   }
 }
 
-// acc += x times one tile of a weight: `m` of its rows exist.
+// x times one tile of a weight, of which `m` rows exist, into sums (added to what is there if `more`).
 template <class N, class Ctx>
-MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, float (&acc)[4]) {
+MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, float2* sums, bool more) {
   using S = MmaShape<N>;
   using I = MmaInput<N>;
   const int g = x.lane / 4;
@@ -61,8 +63,12 @@ MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, 
     }
   const bool swap = S::SWAP && (g & 1);
   mine += g % N::SLOT_ROWS * S::STRIDE + x.first * 2;
-  float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two chains of products: each waits for its own last one only
-  constexpr int AHEAD = I::GROUPS < 2 ? I::GROUPS : 2;  // groups loaded ahead of their products
+  float acc[4][4];  // chains of products: each waits for its own last one only
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[i][e] = 0.0f;
+  constexpr int AHEAD = I::GROUPS < 4 ? I::GROUPS : 4;  // groups loaded ahead of their products
   ptx::Vec4 w[AHEAD][2];
   const auto load = [&](int i) {
 #pragma unroll
@@ -81,13 +87,17 @@ MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, 
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const auto a = [&](int h, int e) { return h < I::HALVES ? x.word[i][s][h < I::HALVES ? h : 0][e] : 0u; };
-      ptx::mma16816<N::HALF>(acc, a(0, 0), a(1, 0), a(0, 1), a(1, 1), b[s].x, b[s].y);
-      ptx::mma16816<N::HALF>(odd, a(0, 2), a(1, 2), a(0, 3), a(1, 3), b[s].z, b[s].w);
+      ptx::mma16816<N::HALF>(acc[2 * s], a(0, 0), a(1, 0), a(0, 1), a(1, 1), b[s].x, b[s].y);
+      ptx::mma16816<N::HALF>(acc[2 * s + 1], a(0, 2), a(1, 2), a(0, 3), a(1, 3), b[s].z, b[s].w);
     }
   }
   c.ring.release(parts);
 #pragma unroll
-  for (int e = 0; e < 4; ++e) acc[e] += odd[e];
+  for (int h = 0; h < I::HALVES; ++h) {
+    const auto sum = [&](int e) { return (acc[0][e] + acc[1][e]) + (acc[2][e] + acc[3][e]); };
+    const float2 old = more ? sums[32 * h] : float2{0.0f, 0.0f};
+    sums[32 * h] = {old.x + sum(2 * h), old.y + sum(2 * h + 1)};
+  }
 }
 
 template <class N, class Ctx>
@@ -96,11 +106,11 @@ MPK_DEVICE void linear_mma(Ctx& c) {
   using I = MmaInput<N>;
   const int warp = threadIdx.x / 32;
   float* scratch = reinterpret_cast<float*>(c.scratch());
-  I x;
+  I x(c.scratch() + S::SUMS);
   if (I::CHUNKS == 1) x.load_columns(c, 0);
   if (!c.wait()) return;
   if (I::CHUNKS == 1) {
-    x.load(c, 0);
+    x.load(c, 0, true);
     c.streaming();
   }
   const int segments = c.arg(7);
@@ -110,59 +120,39 @@ MPK_DEVICE void linear_mma(Ctx& c) {
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS) {
       const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
       const u32 base = seg.row + block;
-      u32 kept[S::ROUNDS][S::OWN][N::HOLD];
-#pragma unroll
-      for (int round = 0; round < S::ROUNDS; ++round)
-        each_owned<N>(round, rows, [&](int u, int row, int t) { N::hold(c, seg.part, t, base + row, kept[round][u]); });
-      float acc[S::TILES][N::JOINT][4];
-#pragma unroll
-      for (int i = 0; i < S::TILES; ++i)
-#pragma unroll
-        for (int j = 0; j < N::JOINT; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
+      u32 kept[S::OWN][N::HOLD];
+      each_owned<N>(rows, [&](int u, int row, int t) { N::hold(c, seg.part, t, base + row, kept[u]); });
+      if (s || block) c.barrier();  // the sums of the block before have been read
+      const bool end = s == segments - 1 && block + S::BLOCK_ROWS >= seg.rows;
 #pragma unroll 1
       for (int chunk = 0; chunk < I::CHUNKS; ++chunk) {
         if (I::CHUNKS > 1) {
-          x.load(c, chunk);
-          if (s == 0 && block == 0 && chunk == 0) c.streaming();
+          const bool early = s == 0 && block == 0 && chunk == 0;
+          x.load(c, chunk, early);
+          if (early) c.streaming();
         }
-        const int columns = I::WHOLE ? N::CHUNK : min(N::CHUNK, N::K - chunk * N::CHUNK);
-#pragma unroll
-        for (int i = 0; i < S::TILES; ++i) {
-          if (i * S::TILE >= rows) continue;
-#pragma unroll
-          for (int j = 0; j < N::JOINT; ++j)
-            if (j < joint) multiply_tile<N>(c, x, rows - i * S::TILE, columns, acc[i][j]);
-        }
+        const int columns = I::width(chunk);
+        float* to = scratch + warp * S::ENTRY;
+#pragma unroll 1
+        for (int first = 0; first < rows; first += S::TILE)
+#pragma unroll 1
+          for (int j = 0; j < N::JOINT; ++j, to += S::PITCH)
+            if (j < joint) multiply_tile<N>(c, x, rows - first, columns, reinterpret_cast<float2*>(to) + x.lane, chunk > 0);
       }
-      if (s == segments - 1 && block + S::BLOCK_ROWS >= seg.rows) c.last_slot_consumed();
+      if (end) c.last_slot_consumed();
+      c.barrier();
+      each_owned<N>(rows, [&](int u, int row, int t) {
+        float y[N::JOINT];
 #pragma unroll
-      for (int round = 0; round < S::ROUNDS; ++round) {
-        if (round * S::ROUND * S::TILE >= rows) continue;
-        c.barrier();  // the previous round has been read
-#pragma unroll
-        for (int i = 0; i < S::ROUND; ++i)
-#pragma unroll
-          for (int j = 0; j < N::JOINT; ++j) {
-            const float (&d)[4] = acc[round * S::ROUND + i][j];
-            float2* to = reinterpret_cast<float2*>(scratch + (i * N::JOINT + j) * S::PITCH + warp * S::ENTRY) + x.lane;
-            to[0] = {d[0], d[1]};
-            if (I::HALVES == 2) to[32] = {d[2], d[3]};
-          }
-        c.barrier();
-        each_owned<N>(round, rows, [&](int u, int row, int t) {
-          float y[N::JOINT];
-#pragma unroll
-          for (int j = 0; j < N::JOINT; ++j) {
-            const float* from = scratch + ((row / S::TILE - round * S::ROUND) * N::JOINT + j) * S::PITCH + t * S::TILE + row % S::TILE;
-            y[j] = 0.0f;
+        for (int j = 0; j < N::JOINT; ++j) {
+          const float* from = scratch + (row / S::TILE * N::JOINT + j) * S::PITCH + t * S::TILE + row % S::TILE;
+          y[j] = 0.0f;
+          if (j < joint)
 #pragma unroll
             for (int w = 0; w < S::WARPS; ++w) y[j] += from[w * S::ENTRY];
-          }
-          N::epilogue(c, seg.part, t, base + row, y, kept[round][u]);
-        });
-      }
+        }
+        N::epilogue(c, seg.part, t, base + row, y, kept[u]);
+      });
     }
   }
 }
