@@ -1,9 +1,11 @@
-"""The generated kernel, compiled for the host and run there. kernels_cuda/tests/host/cuda.h says how."""
+"""The generated kernel, compiled for the host and run there. kernels_cuda/tests/host/cuda.h says how. MPK_HOST_SEED
+gives the turns of threads and the order in which copies land another seed."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,7 +67,7 @@ class EmulatedDevice(HostDevice):
 
     def __init__(self, library: Path, seed: int = 0) -> None:
         super().__init__()
-        self.kernel = EmulatedKernel(library, seed)
+        self.kernel = EmulatedKernel(library, seed + 1000 * int(os.environ.get("MPK_HOST_SEED", "0")))
 
 
 def artifact_for(program: Program) -> SimpleNamespace:
