@@ -170,6 +170,7 @@ def test_gate_refuses_wrong_logits_and_nan():
     assert set(SHAPES) >= set(PARAMETERS)
 
 
+@pytest.mark.slow
 def test_explain_shows_edges_beside_those_of_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     figures, command = tmp_path / "f.json", ["--model", "smollm2-135m", "--layers", "2", "--prompt", "16"]
     assert main(["profile", "--predict", *command, "--json", str(figures)]) == 0

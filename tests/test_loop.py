@@ -55,7 +55,7 @@ def test_greedy_tokens_are_those_of_generate(model, greedy):
     assert greedy.report.task_kinds["argmax"] == 2
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "sampled"])
+@pytest.mark.parametrize("decoding", ["greedy", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_every_number_of_steps_per_launch_gives_the_same(decoding, request):
     decoding = request.getfixturevalue(decoding)
     whole = decoding.generate([14])

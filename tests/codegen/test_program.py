@@ -52,7 +52,12 @@ def of_sample(name: str, graph: Graph | None = None) -> Program:
     return generate(lowered(graph or SAMPLES[name][1], target, fuse=False), target)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+USUAL_TARGETS = ("sm_80", "sm_90a")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in USUAL_TARGETS else pytest.param(n, marks=pytest.mark.slow) for n in TARGETS]
+)
 def test_nvrtc_compiles_a_decoder_step(name: str) -> None:
     made, target = program(SPLIT, name), known(name)
     verify_program(made, target)
