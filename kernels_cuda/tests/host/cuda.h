@@ -184,7 +184,7 @@ inline void run(unsigned blocks, unsigned threads, unsigned seed, char* (*shared
 #define blockIdx (host::cta->block)
 #define gridDim (host::grid)
 
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 namespace mpk { __attribute__((aligned(128))) __thread char raw[host::kShared]; }
 inline char* host_shared() { return mpk::raw; }
