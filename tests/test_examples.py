@@ -24,7 +24,7 @@ def run(script: str, *arguments: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) > 1)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_operator_added_with_two_files(tokens):
     said = run("add_an_op.py", "--tokens", str(tokens))
     assert said["graph"] == "margin = margin(logits) -> margin"

@@ -152,6 +152,7 @@ def test_expressions_that_differ_in_one_place_have_another_structure() -> None:
     assert pickle.loads(pickle.dumps(made[18])) is made[18]
 
 
+@pytest.mark.slow
 def test_the_structure_is_the_same_in_every_process(graph: Graph) -> None:
     root = Path(__file__).resolve().parents[1]
     text = (

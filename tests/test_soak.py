@@ -141,6 +141,7 @@ def test_the_command_says_what_it_did(stubbed: Model, capsys: pytest.CaptureFixt
     assert figures["rounds"] > 0 and figures["probes"] == 2 and figures["seed"] == 5 and not figures["problems"]
 
 
+@pytest.mark.slow
 def test_a_fault_ends_it_with_how_to_repeat(stubbed: Model, capsys: pytest.CaptureFixture[str]) -> None:
     def fault(number: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         if number == 40:

@@ -31,7 +31,7 @@ TARGET = known("h200")
 WORKERS = 3
 EPSILON = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 """Of the narrow types: one unit in the last place, relative to the smallest number of its binade."""
-USUAL = ("linear-2-", "linear-5-", "linear-12-", "linear-24-", "attention-0-", "attention-9-", "attention-12-")
+USUAL = ("linear-5-", "linear-24-", "attention-9-", "attention-12-")
 """Samples of the default run: each body, odd sizes, heads of 256 whose warps share keys."""
 
 

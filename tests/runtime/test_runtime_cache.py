@@ -291,7 +291,9 @@ store.put({key!r}, bytes(range(256)) * 8, {{"arch": "sm_90a"}})
 """
 
 
-@pytest.mark.parametrize(("when", "old"), [("in the write", True), ("before the rename", False)])
+@pytest.mark.parametrize(
+    ("when", "old"), [("in the write", True), pytest.param("before the rename", False, marks=pytest.mark.slow)]
+)
 def test_a_kill_while_an_entry_is_written(tmp_path, when, old):
     store = Cache(tmp_path / "c")
     if old:
