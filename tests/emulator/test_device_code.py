@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from agreement import assert_equals
 from device_forms import REFUSED, SAMPLES
 from host_kernel import COMPILER, EmulatedDevice, artifact_for, compile_for_host
 
@@ -29,8 +30,6 @@ from mpk_dynamo.verify import verify_program
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernel for the host; there is none")
 TARGET = known("h200")
 WORKERS = 3
-EPSILON = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
-"""Of the narrow types: one unit in the last place, relative to the smallest number of its binade."""
 USUAL = ("linear-5-", "linear-24-", "attention-9-", "attention-12-")
 """Samples of the default run: each body, odd sizes, heads of 256 whose warps share keys."""
 
@@ -44,17 +43,6 @@ def executable(program: Program, folder: Path, seed: int = 0) -> Executable:
     verify_program(program, TARGET)
     device = EmulatedDevice(compile_for_host(program, folder), seed)
     return Executable(artifact_for(program), program, TARGET, 0, timeout_ns=60_000_000_000, device=device)
-
-
-def assert_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    assert got.dtype is want.dtype and got.shape == want.shape
-    if not want.is_floating_point():
-        assert torch.equal(got, want), what
-        return
-    eps, a, b = EPSILON[want.dtype], got.double(), want.double()
-    typical = b.square().mean().sqrt()
-    assert ((a - b).abs() - eps * (b.abs() + typical)).max() <= 0, what
-    assert (a - b).norm() <= eps / 4 * b.norm(), what
 
 
 @pytest.mark.parametrize(
@@ -81,7 +69,7 @@ def test_equals_the_oracle(name: str, folder: Path) -> None:
             if buffer.kind is BufferKind.STATE:
                 assert torch.equal(ours[buffer.storage], theirs[buffer.storage]), f"{written} differs"
             else:
-                assert_close(memory[buffer.storage], wanted[written], written)
+                assert_equals(memory[buffer.storage], wanted[written], written)
 
 
 def _like(t: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def make(key: tuple[str, int, int, int]) -> tuple:
     torch.set_num_threads(1)
     start = time.perf_counter()
     graph, made = lowered(key)
-    program = codegen.generate(made, known("h200"))
+    program = codegen.generate(made, known("h200"), profiled=True)
     return graph, made, program, build(program, known("h200")), time.perf_counter() - start
 
 

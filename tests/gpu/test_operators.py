@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import assert_equals
 from device_forms import REFUSED, SAMPLES
 from harness import DEVICE, ON_GPU, Step, build_all, emit, gpu, lower, on_device, target
 
@@ -23,8 +24,6 @@ pytestmark = gpu
 FEW = 7
 SEEDS = (11, 12, 13)
 REPEATS = 20
-EPSILON = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
-"""Of the narrow types: one unit in the last place, relative to the smallest number of its binade."""
 
 in_every_size = pytest.mark.parametrize("workers", ["all", "few"])
 every_sample = pytest.mark.parametrize("name", [n for n in SAMPLES if n not in REFUSED])
@@ -58,24 +57,6 @@ def step(request: pytest.FixtureRequest, cache_dir: Path) -> Any:
         return steps[key]
 
     return get
-
-
-def assert_equals(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
-    """Integers and bools exactly. Floats, with eps of the type: each element within eps of its own size plus eps of
-    the typical size (where terms cancel, what they were rounded to stays), and eps / 4 in the norm, so that only few
-    elements may have been rounded the other way."""
-    assert got.dtype is want.dtype and got.shape == want.shape
-    if not want.is_floating_point():
-        assert torch.equal(got, want), f"{name}: {(got != want).sum()} of {want.numel()} elements differ"
-        return
-    eps = EPSILON[want.dtype]
-    a, b = got.double(), want.double()
-    assert torch.isfinite(a).all(), f"{name}: {(~torch.isfinite(a)).sum()} of {a.numel()} elements are not finite"
-    typical = b.square().mean().sqrt()
-    excess = (a - b).abs() - eps * (b.abs() + typical)
-    worst = int(excess.argmax())
-    assert excess.max() <= 0, f"{name}[{worst}]: {a.flatten()[worst]} instead of {b.flatten()[worst]}"
-    assert (a - b).norm() <= eps / 4 * b.norm(), f"{name}: relative error {(a - b).norm() / b.norm():.2e}"
 
 
 @in_every_size

@@ -70,9 +70,6 @@ MPK_DEVICE void fence_mbarrier_init() {
 // Named barrier over `threads` threads of the CTA.
 MPK_DEVICE void barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Arrive without waiting at a named barrier over `threads` threads.
-MPK_DEVICE void barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 MPK_DEVICE void red_add_release(u32* p, u32 v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }

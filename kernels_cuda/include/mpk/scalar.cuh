@@ -29,44 +29,6 @@ template <> MPK_DEVICE float narrow<float>(float v) { return v; }
 template <class T> MPK_DEVICE float round_to(float v) { return widen(narrow<T>(v)); }
 template <> MPK_DEVICE float round_to<bf16>(float v) { return __uint_as_float(pack2<bf16>(0.0f, v)); }
 
-// 8 consecutive elements, 16-byte aligned, as fp32.
-MPK_DEVICE void unpack8(ptx::Vec4 v, float (&x)[8], bf16) {
-  const u32 w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(w[i] << 16);
-    x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
-  }
-}
-MPK_DEVICE void unpack8(ptx::Vec4 v, float (&x)[8], f16) {
-  const u32 w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = widen(f16{static_cast<u16>(w[i] & 0xffffu)});
-    x[2 * i + 1] = widen(f16{static_cast<u16>(w[i] >> 16)});
-  }
-}
-template <class T> MPK_DEVICE void load8(const T* p, float (&x)[8]) {
-  if constexpr (sizeof(T) == 2) {
-    unpack8(ptx::load_global(p), x, T{});
-  } else {
-    const ptx::Vec4 a = ptx::load_global(p), b = ptx::load_global(p + 4);
-    const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(w[i]);
-  }
-}
-template <class T> MPK_DEVICE void load8_shared(const void* p, float (&x)[8]) {
-  if constexpr (sizeof(T) == 2) {
-    unpack8(ptx::load_shared(p), x, T{});
-  } else {
-    const ptx::Vec4 a = ptx::load_shared(p), b = ptx::load_shared(static_cast<const char*>(p) + 16);
-    const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(w[i]);
-  }
-}
-
 // One element: what a Load of the expression IR becomes. bool is one byte, 0 or 1.
 MPK_DEVICE float load1(const bf16* p) { return widen(*p); }
 MPK_DEVICE float load1(const f16* p) { return widen(*p); }
@@ -106,17 +68,6 @@ template <class T, int N> struct Pack {
     }
   }
 };
-template <class T, int N> MPK_DEVICE void load_vector_shared(const void* p, float (&x)[N]) {
-  if constexpr (N == 8) {
-    load8_shared<T>(p, x);
-  } else {
-    const ptx::Vec4 a = ptx::load_shared(p);
-    const u32 w[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = __uint_as_float(w[i]);
-  }
-}
-
 MPK_DEVICE float float_mod(float a, float b) {  // sign of the divisor, as torch.remainder
   const float r = fmodf(a, b);
   return r != 0.0f && (r < 0.0f) != (b < 0.0f) ? r + b : r;

@@ -11,7 +11,7 @@
 // N (generated): Element; T, K, JOINT, COPY_BYTES, WARPS; the prologue along k, VECTOR columns at a time: Held, what it reads
 // (load<true>: operands that nothing writes, before the events have come; load<false>: the rest; poll: loads again what is
 // flagged and was missing, false if so), REDUCTIONS over k,
-// each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out); 
+// each with term<i>(..., held, red, out) and Combine<i>, and x(c, t, k, held, red, out);
 // joint(part): weights of a part; hold(c, part, t, n, held): what the epilogue reads, before the weights stream by;
 // epilogue(c, part, t, n, acc[JOINT], held).
 #pragma once
