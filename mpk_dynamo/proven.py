@@ -1,9 +1,9 @@
 """Programs that were proven once, and captures of Dynamo's graphs, kept beside the kernels.
 
 The key of a program is a hash of all that it is made of: the captured graph, the number of workers, the target and the
-sources of this package. A program is stored when the verifier has accepted every stage of it, and comes back byte for
-byte or not at all: entries have checksums and owners as kernels do (runtime/cache.py), and only this package's data can
-be in one. The key of a capture is a hash of Dynamo's graph and of everything else that capturing it depends on; the
+sources of this package and of operators from outside it (foreign.py). A program is stored when the verifier has
+accepted every stage of it, and comes back byte for byte or not at all: entries have checksums and owners as kernels do
+(runtime/cache.py), and only data of this package and of registered node types can be in one. The key of a capture is a hash of Dynamo's graph and of everything else that capturing it depends on; the
 verifier looks at a captured graph that comes back as it looks at a new one.
 """
 
@@ -19,7 +19,7 @@ import pkgutil
 import sys
 import types
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .capture import Alias, Captured
 from .capture.identity import identity
 from .errors import CompileError
+from .foreign import KNOWN, data_types, makers_of, modules_of, others_of
 from .ir.structure import structure
 from .runtime.cache import Cache, digest
 from .runtime.sources import include_dir
@@ -44,9 +45,10 @@ Kept = TypeVar("Kept")
 
 
 def key_of(graph: "Graph", workers: int, target: "Target") -> str | None:
-    """Hash of what determines a program; None where that cannot be known, as with nodes of others."""
+    """Hash of what determines a program; None where that cannot be known."""
     try:
-        return digest({"program": structure((graph, workers, target)).encode(), **_makers()})
+        made_of = structure((graph, workers, target), others_of(graph))
+        return digest({"program": made_of.encode(), "others": makers_of(graph), **_makers(modules_of(graph))})
     except TypeError:
         return None
 
@@ -96,36 +98,35 @@ def save(value: Any, key: str, cache_dir: str | os.PathLike[str] | None) -> None
         Cache(cache_dir).put(key, data, {"kind": type(value).__name__})
 
 
-def _makers() -> dict[str, Any]:
-    return {"format": FORMAT, "python": list(sys.version_info[:3]), "sources": _sources(), "constants": _constants()}
+def _makers(others: Set[str] = frozenset()) -> dict[str, Any]:
+    made = {"format": FORMAT, "python": list(sys.version_info[:3]), "sources": _sources()}
+    return {**made, "constants": _constants(others)}
 
 
-def _constants() -> str:
+def _constants(others: Set[str]) -> str:
     """Values of the modules' constants, and which functions their names stand for: who tries another value in a running
-    process gets another program. Raises TypeError for a function from elsewhere."""
+    process gets another program. `others`: modules from outside this package. Raises TypeError for a function from
+    elsewhere."""
     lines = []
-    for module in _modules():
+    for module in (*_modules(), *sorted(others)):
         for name, value in vars(sys.modules[module]).items():
-            if (text := _constant(value)) is not None:
+            if not name.startswith("__") and (text := _constant(value, others)) is not None:
                 lines.append(f"{module}.{name} = {text}")
     return "\n".join(lines)
 
 
-def _constant(value: Any) -> str | None:
+def _constant(value: Any, others: Set[str]) -> str | None:
     """None for what is neither a number, a text, a function, nor a collection of these."""
     if type(value) in (bool, int, float, str):
         return repr(value)
     if isinstance(value, types.FunctionType):
-        if value.__module__.partition(".")[0] not in _HOMES:
+        if value.__module__ not in others and value.__module__.partition(".")[0] not in KNOWN:
             raise TypeError(f"{value.__module__}.{value.__qualname__} has no known source")
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, (tuple, frozenset)):
-        found = [_constant(x) for x in value]
+        found = [_constant(x, others) for x in value]
         return None if None in found else str(found if isinstance(value, tuple) else sorted(found))  # type: ignore[type-var]
     return None
-
-
-_HOMES = {"mpk_dynamo", "torch", "numpy", "sympy", *sys.stdlib_module_names}
 
 
 @cache
@@ -157,11 +158,12 @@ _sources()  # now, when what is imported is what the files say
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of this package's data alone."""
+    """Of this package's data, and of the node types that are registered."""
 
     def find_class(self, module: str, name: str) -> Any:
+        for kind in data_types(module):
+            if kind.__qualname__ == name:
+                return kind
         if module.startswith("mpk_dynamo.ir.") and "." not in name:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a stored program")
-
-

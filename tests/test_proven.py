@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import shutil
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,11 +19,13 @@ from passes import graphs
 
 from mpk_dynamo import pipeline, proven
 from mpk_dynamo.dump import Dump
-from mpk_dynamo.errors import VerificationError
+from mpk_dynamo.errors import Unsupported, VerificationError
 from mpk_dynamo.ir import expr as E
-from mpk_dynamo.ir.graph import Attention, ExtensionNode, Graph, Linear, RowMap
+from mpk_dynamo.ir.graph import Attention, Graph, Linear, RowMap
 from mpk_dynamo.ir.program import Program
 from mpk_dynamo.ir.structure import structure
+from mpk_dynamo.loop import Feed, Sampling, append_loop
+from mpk_dynamo.ops import OPERATORS
 from mpk_dynamo.report import Report
 from mpk_dynamo.runtime.cache import Cache
 from mpk_dynamo.settings import Settings
@@ -164,14 +170,72 @@ def test_the_structure_is_the_same_in_every_process(graph: Graph) -> None:
     assert done.stdout.strip() == proven.key_of(graph, 4, TARGET)
 
 
-def test_nodes_of_others_are_not_stored(graph: Graph) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Foreign(ExtensionNode):
-        name: str
-        origin: str
+def kept(graph: Graph, folder: Path) -> bool:
+    """Whether the program of a graph comes back as it was when it is asked for a second time."""
+    first, _ = make(graph, folder)
+    again, report = make(graph, folder)
+    return set(report.seconds) == {"stored"} and again == first and structure_of(again) == structure_of(first)
 
-    foreign = dataclasses.replace(graph, nodes=(*graph.nodes, Foreign("a", "")))
-    assert proven.key_of(foreign, 4, TARGET) is None
+
+def structure_of(program: Program) -> str:
+    return structure(program.schedule, proven.others_of(program.schedule.tasks.graph))
+
+
+@pytest.mark.parametrize("kind", [*OPERATORS], ids=lambda kind: kind.__name__)
+def test_programs_of_every_operator_are_kept(kind: type, tmp_path: Path) -> None:
+    """Of every eighth sample, of those that have a body on the device."""
+    found = []
+    for k, (_, graph) in enumerate(OPERATORS[kind].samples()):
+        if k % 8 == 0:
+            with suppress(Unsupported):
+                found.append(kept(graph, tmp_path / str(k)))
+    assert found and all(found)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(True, 0.7, 20, 0.9, 0.1, 1.2, 3)], ids=["greedy", "drawn"])
+def test_programs_of_the_decode_loop_are_kept(graph: Graph, tmp_path: Path, sampling: Sampling) -> None:
+    assert kept(append_loop(graph, Feed("ids"), sampling), tmp_path)
+
+
+def test_programs_of_registered_operators_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that they are made of: the module, what it imports, its constants, the body on the device."""
+    folder = tmp_path / "site" / "apart"
+    shutil.copytree(Path(__file__).parents[1] / "examples" / "add_an_op", folder)
+    (folder / "helper.py").write_text("WIDTH = 3\n")
+    source = folder / "margin.py"
+    source.write_text(source.read_text().replace("import Path\n", "import Path\n\nfrom . import helper\n", 1))
+    monkeypatch.syspath_prepend(folder.parent)
+    margin = import_module("apart.margin")
+    monkeypatch.delitem(OPERATORS, margin.Margin)  # it registers itself; this takes that back at the end
+    operator = margin.MarginOperator()
+    monkeypatch.setitem(OPERATORS, margin.Margin, operator)
+    _, graph = operator.samples()[0]
+    assert kept(graph, tmp_path / "cache")
+
+    keys = [proven.key_of(graph, 4, TARGET)]
+    for path, old, new in (
+        (source, "class Margin(", "class  Margin("),
+        (folder / "helper.py", "WIDTH = 3", "WIDTH = 4"),
+        (folder / "margin.cuh", "namespace mpk", "namespace  mpk"),
+    ):
+        before = path.read_text()
+        path.write_text(before.replace(old, new, 1))
+        keys.append(proven.key_of(graph, 4, TARGET))
+        path.write_text(before)
+        assert before != before.replace(old, new, 1), path
+    with monkeypatch.context() as patch:
+        patch.setattr("apart.helper.WIDTH", 5)
+        keys.append(proven.key_of(graph, 4, TARGET))
+    assert None not in keys and len(set(keys)) == len(keys) and proven.key_of(graph, 4, TARGET) == keys[0]
+
+    with monkeypatch.context() as patch:  # a module that nobody can look at
+        patch.setitem(sys.modules, "apart.helper", ModuleType("apart.helper"))
+        assert proven.key_of(graph, 4, TARGET) is None
+    program = proven.load(Program, keys[0], tmp_path / "cache")
+    assert program is not None
+    monkeypatch.delitem(OPERATORS, margin.Margin)
+    assert proven.load(Program, keys[0], tmp_path / "cache") is None, "only registered types come back"
+    assert proven.key_of(graph, 4, TARGET) is None
 
 
 def test_a_damaged_entry_is_made_anew(graph: Graph, tmp_path: Path) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Collection
 from typing import Any
 
 from .expr import Acc, Const, Expr, Load, Op, Reduce, Var
 
 
-def structure(value: Any) -> str:
-    """Equal for equal values alone. `value`: dataclasses of ir, Exprs, tuples, lists, dicts, sets of strings, enums,
-    strings, numbers and None. Raises TypeError for anything else, and for dataclasses of other packages, whose meaning
-    is not known here."""
+def structure(value: Any, others: Collection[type] = ()) -> str:
+    """Equal for equal values alone. `value`: dataclasses of this package, Exprs, tuples, lists, dicts, sets of strings,
+    enums, strings, numbers and None. Raises TypeError for anything else, and for dataclasses of other packages, whose
+    meaning is not known here, unless they are `others`."""
     out: list[object] = []
-    _put(value, out, {})
+    _put(value, out, {}, others)
     return repr(out)
 
 
-def _put(x: Any, out: list[object], numbers: dict[Expr, int]) -> None:
+def _put(x: Any, out: list[object], numbers: dict[Expr, int], others: Collection[type]) -> None:
     if x is None or isinstance(x, (str, bool, int, float)) and type(x) in (str, bool, int, float):
         out.append(x)
     elif isinstance(x, Expr):
@@ -28,19 +29,19 @@ def _put(x: Any, out: list[object], numbers: dict[Expr, int]) -> None:
     elif isinstance(x, (tuple, list)):
         out.append((type(x).__name__, len(x)))
         for y in x:
-            _put(y, out, numbers)
+            _put(y, out, numbers, others)
     elif isinstance(x, dict):
         out.append(("dict", len(x)))
         for k, v in x.items():  # the order is part of the value: buffers are laid out in it
-            _put(k, out, numbers)
-            _put(v, out, numbers)
+            _put(k, out, numbers, others)
+            _put(v, out, numbers, others)
     elif isinstance(x, (set, frozenset)):
         out.append(("set", sorted(x)))
-    elif dataclasses.is_dataclass(x) and type(x).__module__.startswith("mpk_dynamo."):
+    elif dataclasses.is_dataclass(x) and (type(x).__module__.startswith("mpk_dynamo.") or type(x) in others):
         fields = dataclasses.fields(x)
-        out.append((type(x).__qualname__, len(fields)))
+        out.append((type(x).__module__, type(x).__qualname__, len(fields)))
         for f in fields:
-            _put(getattr(x, f.name), out, numbers)
+            _put(getattr(x, f.name), out, numbers, others)
     else:
         raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} has no known structure")
 
