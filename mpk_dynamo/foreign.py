@@ -1,7 +1,8 @@
 """Operators from outside this package: what a program with their nodes is made of, so that it can be kept (proven.py).
 
 That is the source of the module that defines an operator, of all modules which that one imports, their constants, and
-the text of the bodies on the device. Where one of these cannot be known, TypeError is raised and the program is not kept.
+the text of the bodies on the device. Where one of these cannot be known, TypeError is raised, and the program is not
+kept.
 """
 
 from __future__ import annotations

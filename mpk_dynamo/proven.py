@@ -3,8 +3,9 @@
 The key of a program is a hash of all that it is made of: the captured graph, the number of workers, the target and the
 sources of this package and of operators from outside it (foreign.py). A program is stored when the verifier has
 accepted every stage of it, and comes back byte for byte or not at all: entries have checksums and owners as kernels do
-(runtime/cache.py), and only data of this package and of registered node types can be in one. The key of a capture is a hash of Dynamo's graph and of everything else that capturing it depends on; the
-verifier looks at a captured graph that comes back as it looks at a new one.
+(runtime/cache.py), and only data of this package and of registered node types can be in one. The key of a capture is a
+hash of Dynamo's graph and of everything else that capturing it depends on; the verifier looks at a captured graph that
+comes back as it looks at a new one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,10 +11,10 @@ from ..ir.graph import writes
 from ..ir.region import Access, Box
 from ..ir.tasks import TaskGraph, task_name
 from ..ir.types import Buffer
-from .overlap import TaskLists, stack
+from .overlap import Overlaps, Pairs, TaskLists, stack
 
 
-@dataclass
+@dataclass(slots=True)
 class Group:
     """All tasks that declare one access. `tasks` ascends; a task appears once per declaration."""
 
@@ -38,6 +38,7 @@ class Storage:
     reads: list[Group]
     writes: list[Group]
     versions: dict[str, int]
+    overlaps: Overlaps
 
     def __post_init__(self) -> None:
         groups = self.reads + self.writes
@@ -45,19 +46,29 @@ class Storage:
         layouts = {(b.shape, b.strides, b.dtype.itemsize) for b in buffers}
         plain = len(layouts) == 1
         boxes: list[Box] = [g.access.box if plain else (_bytes(g.buffer, g.access.box),) for g in groups]
-        texts: dict[str, int] = {"": 0}
-        for g in groups:
-            texts.setdefault(g.access.partition, len(texts))
-        partition = [texts[g.access.partition] if plain and g.access.side else 0 for g in groups]
-        side = [0 if g.access.side is None else 1 + list(type(g.access.side)).index(g.access.side) for g in groups]
         k = len(self.reads)
         stacked = stack(boxes)
         self.read_boxes, self.write_boxes = stacked[:k], stacked[k:]
-        self.read_marks, self.write_marks = np.split(np.array([partition, side], dtype=np.int64).T, [k])
+        marks = np.zeros((len(groups), 2), dtype=np.int64)
+        texts: dict[str, int] = {"": 0}
+        for n, g in enumerate(groups):
+            if g.access.side is not None:
+                text = texts.setdefault(g.access.partition, len(texts))
+                marks[n] = text if plain else 0, 1 + list(type(g.access.side)).index(g.access.side)
+        self.read_marks, self.write_marks = marks[:k], marks[k:]
         self.read_tasks, self.write_tasks = (TaskLists([g.tasks for g in gs]) for gs in (self.reads, self.writes))
-        self.read_version, self.write_version = (
-            np.array([self.versions[g.buffer.name] for g in gs], dtype=np.int64) for gs in (self.reads, self.writes)
-        )
+        versions = np.zeros(len(groups), dtype=np.int64)
+        if any(self.versions[b.name] for b in buffers):
+            versions[:] = [self.versions[g.buffer.name] for g in groups]
+        self.read_version, self.write_version = versions[:k], versions[k:]
+
+    def twice_written(self) -> Iterable[Pairs]:
+        """Pairs of writes that overlap, each with itself too: (i, j, common elements), in pieces."""
+        return self.overlaps(self.write_boxes, self.write_boxes)
+
+    def read_written(self) -> Iterable[Pairs]:
+        """Pairs of a write i and a read j that overlap."""
+        return self.overlaps(self.write_boxes, self.read_boxes)
 
 
 def _bytes(buffer: Buffer, box: Box) -> tuple[int, int]:
@@ -86,11 +97,15 @@ class AccessIndex:
         for g in self.reads:
             if g.buffer.storage in written and not _empty(g.access.box):
                 written[g.buffer.storage][0].append(g)
-        return [Storage(name, rs, ws, versions) for name, (rs, ws) in written.items()]
+        overlaps = Overlaps()
+        return [Storage(name, rs, ws, versions, overlaps) for name, (rs, ws) in written.items()]
 
 
 def _empty(box: Box) -> bool:
-    return any(s >= e for s, e in box)
+    for s, e in box:
+        if s >= e:
+            return True
+    return False
 
 
 def _gather(tg: TaskGraph, declared: Sequence[tuple[Access, ...]]) -> list[Group]:

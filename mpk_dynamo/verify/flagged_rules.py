@@ -8,14 +8,15 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from ..errors import VerificationError
 from ..ir.graph import ExtensionNode
 from ..ir.schedule import Schedule
 from ..ir.tasks import TaskGraph
-from ..ir.types import BufferKind
+from ..ir.types import Buffer, BufferKind
 from .accesses import Group, Storage, names
-from .overlap import overlapping, volumes
+from .overlap import volumes
 from .task_rules import fail
 
 LINE = 128
@@ -39,8 +40,13 @@ def check_flagged(tg: TaskGraph, storages: list[Storage]) -> None:
     if not tg.flagged:
         return
     by_name = {s.name: s for s in storages}
+    foreign = {i for i, node in enumerate(tg.graph.nodes) if isinstance(node, ExtensionNode)}
+    all_sharing: dict[str, list[Buffer]] = {name: [] for name in tg.flagged}
+    for b in tg.buffers.values():
+        if b.storage in all_sharing:
+            all_sharing[b.storage].append(b)
     for name in sorted(tg.flagged):
-        sharing = [b for b in tg.buffers.values() if b.storage == name]
+        sharing = all_sharing[name]
         if len(sharing) != 1:
             raise VerificationError("T12", f"flagged {name!r} is the storage of {len(sharing)} buffers, not of one")
         b = sharing[0]
@@ -54,12 +60,11 @@ def check_flagged(tg: TaskGraph, storages: list[Storage]) -> None:
         if name not in by_name:
             raise VerificationError("T12", f"no task writes flagged {name}", origin=b.origin)
         _written_once(tg, by_name[name])
-        _ours_alone(tg, by_name[name])
+        _ours_alone(tg, by_name[name], foreign)
 
 
-def _ours_alone(tg: TaskGraph, s: Storage) -> None:
-    """The body of an operator from outside this package reads and writes plainly."""
-    foreign = {i for i, node in enumerate(tg.graph.nodes) if isinstance(node, ExtensionNode)}
+def _ours_alone(tg: TaskGraph, s: Storage, foreign: set[int]) -> None:
+    """The body of an operator from outside this package, of nodes `foreign`, reads and writes plainly."""
     for g in (*s.reads, *s.writes) if foreign else ():
         for task in (tg.tasks[t] for t in g.tasks if tg.tasks[t].node in foreign):
             raise fail("T12", tg, task, f"{names(tg, [task.id])} uses flagged {s.name}; its operator is an extension")
@@ -70,7 +75,7 @@ def _written_once(tg: TaskGraph, s: Storage) -> None:
         if g.access.side is not None:
             text = f"flagged {g}: only the device knows which elements are written"
             raise fail("T12", tg, tg.tasks[g.tasks[0]], text)
-    for i, j, _ in overlapping(s.write_boxes, s.write_boxes):
+    for i, j, _ in s.twice_written():
         twice = (i != j) | (s.write_tasks.counts[i] > 1)
         if twice.any():
             k = int(twice.argmax())
@@ -90,11 +95,15 @@ def polls(tg: TaskGraph, storages: list[Storage]) -> list[Poll]:
     for s in storages:
         if s.name not in tg.flagged:
             continue
-        writers: dict[int, dict[int, None]] = {}
-        for i, j, _ in overlapping(s.write_boxes, s.read_boxes):
+        tasks = [g.tasks for g in s.writes]
+        writers: list[list[list[int]]] = [[] for _ in s.reads]
+        for i, j, _ in s.read_written():
             for write, read in zip(i.tolist(), j.tolist(), strict=True):
-                writers.setdefault(read, {}).update(dict.fromkeys(s.writes[write].tasks))
-        out += [Poll(s.reads[j], tuple(w), tuple(dict.fromkeys(s.reads[j].tasks))) for j, w in writers.items()]
+                writers[read].append(tasks[write])
+        for read, lists in zip(s.reads, writers, strict=True):
+            if lists:
+                distinct = dict.fromkeys(chain.from_iterable(lists))
+                out.append(Poll(read, tuple(distinct), tuple(dict.fromkeys(read.tasks))))
     return out
 
 

@@ -37,24 +37,50 @@ def check_loader(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray
     runs: list[Run] = list(zip(*(tables["runs"][f].tolist() for f in RUN_FIELDS), strict=True))
     segments = list(zip(*(tables["segments"][f].tolist() for f in SEGMENT_FIELDS), strict=True))
     args = tables["tasks"]["arg"][place][:, [SEGMENTS, SEGMENT_COUNT]].tolist()
-    weights = {
-        i: {w for part in node.parts for w in part.weights}
-        for i, node in enumerate(s.tasks.graph.nodes)
-        if isinstance(node, Linear)
-    }
+    linears = [_Streams(p, bound, i, n) if isinstance(n, Linear) else None for i, n in enumerate(s.tasks.graph.nodes)]
     for w, queue in enumerate(s.queues):
         run, end = int(start[w]), int(start[w] + length[w])
         for t in (s.tasks.tasks[i] for i in queue):
-            node = s.tasks.graph.nodes[t.node]
-            if not isinstance(node, Linear):
+            streams = linears[t.node]
+            if streams is None:
                 continue
-            for segment in _segments(p, t, node, weights[t.node], segments, *args[t.id]):
+            node = streams.node
+            for segment in _segments(p, t, node, streams.weights, segments, *args[t.id]):
                 if node.transposed:
                     _check_vectors(p, t, node, segment)
-                else:
+                elif run < end and runs[run] == streams.run(t.op, segment):
+                    run += 1
+                else:  # in several runs, or wrong
                     run = _follow(p, bound, t, node, segment, runs, run, end)
         if run != end:
             raise VerificationError("P1", f"worker {w} has {end - run} runs beyond those its tasks read")
+
+
+class _Streams:
+    """What a linear's tasks stream, by part: looked up once for a node, not for each of its tasks."""
+
+    def __init__(self, p: Program, bound: Mapping[str, int], index: int, node: Linear) -> None:
+        buffers = p.schedule.tasks.buffers
+        self.node = node
+        self.weights = {w for part in node.parts for w in part.weights}
+        call = p.calls.get((index, "linear"))
+        self._slots = {"linear": (call.copy_bytes, call.tiled)} if call else {}
+        self._parts: list[list[tuple[int, int]]] = []  # of each weight: reference of its first row, bytes of a row
+        for part in node.parts:
+            weights = [buffers[w] for w in part.weights]
+            steps = [w.strides[0] * w.dtype.itemsize for w in weights]
+            self._parts.append([(bound.get(w.storage, -1) << BINDING_SHIFT, n) for w, n in zip(weights, steps)])
+
+    def run(self, op: str, segment: Segment) -> Run | None:
+        """The run that brings a whole segment; None where there is no such."""
+        part, row, rows = segment
+        slots = self._slots.get(op)
+        if not rows or part >= len(self._parts) or slots is None:
+            return None
+        weights = self._parts[part]
+        base, row_bytes = weights[0]
+        second = weights[1][0] | row * weights[1][1] if len(weights) == 2 else abi.NO_REF
+        return base | row * row_bytes, second, rows, row_bytes, *slots
 
 
 def _segments(
@@ -70,9 +96,9 @@ def _segments(
             text = f"a segment of {names(tg, [t.id])} has rows {row}:{row + rows} of part {part}"
             raise VerificationError("P3", text, origin=node.origin)
     # weights are read by whole rows, transposed ones by whole columns
-    declared = sorted((a.buffer, *a.box[node.transposed]) for a in t.reads if a.buffer in weights)
-    streamed = sorted((w, row, row + rows) for part, row, rows in found for w in node.parts[part].weights)
-    if declared != streamed and _joined(declared) != _joined(streamed):
+    declared = [(a.buffer, *a.box[node.transposed]) for a in t.reads if a.buffer in weights]
+    streamed = [(w, row, row + rows) for part, row, rows in found for w in node.parts[part].weights]
+    if declared != streamed and _joined(sorted(declared)) != _joined(sorted(streamed)):
         text = f"{names(tg, [t.id])} streams rows {streamed}; it declares {declared}"
         raise VerificationError("P1", text, origin=node.origin)
     return found

@@ -12,7 +12,7 @@ found on the device. Partial results (buffers that tiling added) must be read wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..ir.expr import Const, Expr, Load, Op, Reduce, Var, linear_terms
@@ -52,10 +52,18 @@ class _Need:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is stored to one buffer: axes of the store index by dimension, and what its elements need."""
+    """What is stored to one buffer: axes of the store index by dimension, and what its elements need: the same boxes
+    whichever elements are written, and others."""
 
     store: tuple[Axis | None, ...]
+    fixed: tuple[tuple[_Need, Box], ...]
     needs: tuple[_Need, ...]
+
+    @staticmethod
+    def of(store: tuple[Axis | None, ...], needs: Iterable[_Need]) -> "_Part":
+        boxes = {n: n.box({}) if n.axes is not None else None for n in needs}
+        fixed = tuple((n, b) for n, b in boxes.items() if b is not None)
+        return _Part(store, fixed, tuple(n for n, b in boxes.items() if b is None))
 
     def ranges(self, box: Box) -> Ranges:
         """Of the variables, where the store says them."""
@@ -67,31 +75,34 @@ def check_needed(tg: TaskGraph) -> int:
     written = {tg.buffers[a.buffer].storage for t in tg.tasks for a in t.writes}
     storage_of = {name: b.storage for name, b in tg.buffers.items() if b.storage in written}
     parts = [_parts(node, tg, written) for node in tg.graph.nodes]
-    heads = {i: _heads(node, tg, written) for i, node in enumerate(tg.graph.nodes) if isinstance(node, Attention)}
+    heads = {i: _Heads(node, tg, written) for i, node in enumerate(tg.graph.nodes) if isinstance(node, Attention)}
     compared = check_partial(tg)
     for t in tg.tasks:
-        mine = parts[t.node]
-        if t.node in heads:
-            compared += _check_heads(tg, t, tg.graph.nodes[t.node], heads[t.node])
-        if not mine:
+        mine, attention = parts[t.node], heads.get(t.node)
+        if attention is not None:
+            needed = attention.needed(t)
+        elif mine:
+            needed = []
+            for a in t.writes:
+                part = mine.get(a.buffer)
+                if part is None or any(s >= e for s, e in a.box):
+                    continue
+                needed += part.fixed
+                if part.needs:
+                    ranges = part.ranges(a.box)
+                    needed += [(need, need.box(ranges)) for need in part.needs]
+        else:
+            continue
+        if not needed:
             continue
         read: dict[str, list[Box]] = {}
         for a in t.reads:
             storage = storage_of.get(a.buffer)
             if storage is not None:  # nothing else is needed
                 read.setdefault(storage, []).append(a.box)
-        done: set[tuple[str, Box | None]] = set()
-        for a in t.writes:
-            part = mine.get(a.buffer)
-            if part is None or any(s >= e for s, e in a.box):
-                continue
-            ranges = part.ranges(a.box)
-            for need in part.needs:
-                box = need.box(ranges)
-                if (need.storage, box) in done:
-                    continue
-                done.add((need.storage, box))
-                compared += 1
+        compared += len(needed)
+        for need, box in needed:
+            if box is None or box not in read.get(need.storage, ()):
                 _check(tg, t, need, box, read.get(need.storage, []))
     return compared
 
@@ -99,7 +110,7 @@ def check_needed(tg: TaskGraph) -> int:
 def _check(tg: TaskGraph, t: Task, need: _Need, box: Box | None, read: list[Box]) -> None:
     if box is None:
         fine = bool(read)
-    elif any(s >= e for s, e in box) or box in read:
+    elif any(s >= e for s, e in box):
         fine = True
     else:
         inside = [tuple((max(s, x), min(e, y)) for (s, e), (x, y) in zip(box, r, strict=True)) for r in read]
@@ -120,9 +131,12 @@ def check_partial(tg: TaskGraph) -> int:
         for a in t.reads:
             if tg.buffers[a.buffer].storage in added:
                 boxes.setdefault(a.buffer, {})[a.box] = t
+    known: dict[tuple[Box, ...], int] = {}  # layers repeat
     for name in sorted(added):
         read, b = boxes.get(name, {}), tg.buffers[name]
-        union = union_volume(list(read))
+        union = known.get(tuple(read))
+        if union is None:
+            union = known[tuple(read)] = union_volume(list(read))
         if union != b.numel:
             task = next(iter(read.values()), None)
             text = f"tasks read {union} of {b.numel} elements of {name}, which are partial results"
@@ -130,47 +144,56 @@ def check_partial(tg: TaskGraph) -> int:
     return len(added)
 
 
-def _heads(node: Attention, tg: TaskGraph, written: set[str]) -> tuple[_Need, ...]:
-    """What the attention of a head loads from memory that the program writes, keys and values among it."""
-    full = frozenset({node.d, node.s})
-    needs: dict[_Need, None] = {}
-    for e in expressions(node):
-        if e in node.store:
-            continue
-        for ld, bound in _loads(e, full):
-            need = _need(ld.buffer, ld.index, bound, tg, written)
+class _Heads:
+    """What the tasks of an attention load from memory that the program writes, keys and values among it."""
+
+    def __init__(self, node: Attention, tg: TaskGraph, written: set[str]) -> None:
+        self._node = node
+        self._known: dict[Box, list[tuple[_Need, Box | None]]] = {}  # by keys: splits of a head need the same
+        full = frozenset({node.d, node.s})
+        needs: dict[_Need, None] = {}
+        for e in expressions(node):
+            if e in node.store:
+                continue
+            for ld, bound in _loads(e, full):
+                need = _need(ld.buffer, ld.index, bound, tg, written)
+                if need:
+                    needs[need] = None
+        for name, index in ((node.keys, node.key_index), (node.values, node.value_index)):
+            need = _need(name, index, full, tg, written)
             if need:
                 needs[need] = None
-    for name, index in ((node.keys, node.key_index), (node.values, node.value_index)):
-        need = _need(name, index, full, tg, written)
-        if need:
-            needs[need] = None
-    return tuple(needs)
+        self._needs = tuple(needs)
 
+    def needed(self, t: Task) -> list[tuple[_Need, Box | None]]:
+        """For a task that attends: the caches of its heads, and what goes into their queries, masks and new rows."""
+        keys = self._node.keys
+        mine = next((a.box for a in t.reads if a.buffer == keys), None)
+        if mine is None:
+            return []  # merges partial results
+        found = self._known.get(mine)
+        if found is None:
+            ranges = self._ranges(mine)
+            found = self._known[mine] = [(n, n.box(ranges)) for n in self._needs] if ranges is not None else []
+        return found
 
-def _check_heads(tg: TaskGraph, t: Task, node: Attention, needs: tuple[_Need, ...]) -> int:
-    """T11 for a task that attends: the caches of its heads, and what goes into their queries, masks and new rows."""
-    mine = next((a.box for a in t.reads if a.buffer == node.keys), None)
-    if mine is None or any(s >= e for s, e in mine):
-        return 0  # merges partial results
-    ranges: Ranges = {node.s: (0, node.s.size), node.d: (0, node.d.size), node.b: (0, 0), node.h: (0, 0)}
-    for e, span in zip(node.key_index, mine, strict=True):
-        axis = _axis(e, frozenset({node.s, node.d}))
-        if axis is not None and axis[0] in (node.b, node.g):
-            ranges[axis[0]] = span[0] - axis[1], span[1] - axis[1]
-    for v in (node.b, node.g):
-        if v.size == 1:
-            ranges[v] = 0, 1
-    if node.g not in ranges or ranges[node.b] == (0, 0):
-        return 0
-    group = node.h.size // node.g.size
-    ranges[node.h] = ranges[node.g][0] * group, ranges[node.g][1] * group
-    read: dict[str, list[Box]] = {}
-    for a in t.reads:
-        read.setdefault(tg.buffers[a.buffer].storage, []).append(a.box)
-    for need in needs:
-        _check(tg, t, need, need.box(ranges), read.get(need.storage, []))
-    return len(needs)
+    def _ranges(self, mine: Box) -> Ranges | None:
+        node = self._node
+        if any(s >= e for s, e in mine):
+            return None
+        ranges: Ranges = {node.s: (0, node.s.size), node.d: (0, node.d.size), node.b: (0, 0), node.h: (0, 0)}
+        for e, span in zip(node.key_index, mine, strict=True):
+            axis = _axis(e, frozenset({node.s, node.d}))
+            if axis is not None and axis[0] in (node.b, node.g):
+                ranges[axis[0]] = span[0] - axis[1], span[1] - axis[1]
+        for v in (node.b, node.g):
+            if v.size == 1:
+                ranges[v] = 0, 1
+        if node.g not in ranges or ranges[node.b] == (0, 0):
+            return None
+        group = node.h.size // node.g.size
+        ranges[node.h] = ranges[node.g][0] * group, ranges[node.g][1] * group
+        return ranges
 
 
 def _need(
@@ -234,7 +257,8 @@ def _parts(node: Node, tg: TaskGraph, written: set[str]) -> dict[str, _Part]:
                     plain = None not in axes and _distinct([a for a in axes if a is not None])
                     needs[_Need(ld.buffer, storage, tuple(axes) if plain else None)] = None  # type: ignore[arg-type]
         axes = [_axis(i, frozenset()) for i in store]
-        out[name] = _Part(tuple(axes) if _distinct([a for a in axes if a]) else (None,) * len(axes), tuple(needs))
+        distinct = _distinct([a for a in axes if a])
+        out[name] = _Part.of(tuple(axes) if distinct else (None,) * len(axes), needs)
     return out
 
 

@@ -9,7 +9,7 @@ from ..ir.tasks import TaskGraph
 from ..ir.types import BufferKind
 from .accesses import Group, Storage, names
 from .order import Order
-from .overlap import overlapping, products, ranges, volumes
+from .overlap import products, ranges, volumes
 from .report import Report
 from .task_rules import fail
 
@@ -56,13 +56,11 @@ def _plain_writes(tg: TaskGraph, s: Storage) -> None:
 def _conflicts(tg: TaskGraph, s: Storage, ws: list[Group], others: list[Group], order: Order, exact: bool) -> int:
     """T4 and T9 (and T6: nothing is written twice) over pairs of a write and another access. Number of pairs."""
     both_write = others is s.writes
-    boxes, marks, lists, versions = (
-        (s.write_boxes, s.write_marks, s.write_tasks, s.write_version)
-        if both_write
-        else (s.read_boxes, s.read_marks, s.read_tasks, s.read_version)
+    marks, lists, versions = (
+        (s.write_marks, s.write_tasks, s.write_version) if both_write else (s.read_marks, s.read_tasks, s.read_version)
     )
     checked = 0
-    for i, j, _ in overlapping(s.write_boxes, boxes):
+    for i, j, _ in s.twice_written() if both_write else s.read_written():
         # same partition, different sides: disjoint wherever the position is
         apart = (s.write_marks[i, 0] > 0) & (s.write_marks[i, 0] == marks[j, 0]) & (s.write_marks[i, 1] != marks[j, 1])
         keep = ~apart & (i <= j) if both_write else ~apart
@@ -136,7 +134,7 @@ def _initialised(tg: TaskGraph, s: Storage) -> None:
     first = np.array([g.tasks[0] for g in s.reads], dtype=np.int64)
     all_have = np.zeros(len(s.reads))  # elements written before every reader of the group
     have = np.zeros(len(lists.flat))  # and those written before this one only; float64 is exact below 2**53
-    for i, j, common in overlapping(s.write_boxes, s.read_boxes):
+    for i, j, common in s.read_written():
         writer = s.write_tasks.flat[s.write_tasks.starts[i]]  # one task per written box, or T6 has failed
         early = writer < first[j]
         all_have += np.bincount(j[early], weights=common[early], minlength=len(s.reads))

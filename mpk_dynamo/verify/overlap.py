@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
 from ..ir.region import Box
 
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(i, j, number of common elements), each an array of equal length."""
+
 PAIRS_AT_ONCE = 1 << 21
 """Candidate pairs held in memory at a time (about 100 MB of temporaries)."""
+
+KEPT_PAIRS = 1 << 16
+"""Pairs of two sets of boxes, at most, that are kept for the next two sets that are equal."""
 
 
 def stack(boxes: Sequence[Box]) -> np.ndarray:
     """int64 [count, rank, 2]. A 0-d box becomes the 1-d box 0:1."""
-    if boxes and not boxes[0]:
+    if not boxes:
+        return np.zeros((0, 1, 2), dtype=np.int64)
+    if not boxes[0]:
         return np.broadcast_to(np.array([[[0, 1]]], dtype=np.int64), (len(boxes), 1, 2))
-    return np.array(boxes, dtype=np.int64).reshape(len(boxes), -1, 2)
+    ends = chain.from_iterable(chain.from_iterable(boxes))
+    return np.fromiter(ends, dtype=np.int64).reshape(len(boxes), -1, 2)
 
 
 def volumes(boxes: np.ndarray) -> np.ndarray:
@@ -24,7 +34,25 @@ def volumes(boxes: np.ndarray) -> np.ndarray:
     return np.prod(np.maximum(boxes[:, :, 1] - boxes[:, :, 0], 0), axis=1)
 
 
-def overlapping(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+class Overlaps:
+    """`overlapping`, worked out once for equal boxes: the layers of a model have the same ones in other buffers."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], list[Pairs]] = {}
+
+    def __call__(self, a: np.ndarray, b: np.ndarray) -> Iterable[Pairs]:
+        key = a.shape, a.tobytes(), b.tobytes()
+        found = self._known.get(key)
+        if found is None:
+            pieces = overlapping(a, b)
+            first = list(islice(pieces, 1))
+            if first and len(first[0][0]) > KEPT_PAIRS:
+                return chain(first, pieces)
+            found = self._known[key] = [*first, *pieces]
+        return found
+
+
+def overlapping(a: np.ndarray, b: np.ndarray) -> Iterator[Pairs]:
     """Every (i, j) where a[i] and b[j] have an element in common, with the number of common elements; in pieces."""
     if not len(a) or not len(b):
         return
@@ -73,6 +101,6 @@ class TaskLists:
     """Lists of task ids, one per group, laid end to end."""
 
     def __init__(self, lists: Sequence[Sequence[int]]) -> None:
-        self.counts = np.array([len(x) for x in lists], dtype=np.int64)
+        self.counts = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         self.starts = np.cumsum(self.counts) - self.counts
-        self.flat = np.array([t for x in lists for t in x], dtype=np.int64)
+        self.flat = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(self.counts.sum()))

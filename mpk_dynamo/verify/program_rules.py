@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 
@@ -102,6 +103,8 @@ def check_waits(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray)
         x.tolist() for x in (tables["waits"]["slot"], tables["waits"]["count"], tables["signals"]["slot"])
     )
     full = {s.slots[e.id]: len(e.producers) for e in s.tasks.events}
+    if _as_declared(s, tables, (wait_start, wait_count), (signal_start, signal_count)):
+        return
     for t, (waits, signals) in enumerate(zip(s.tasks.waits(), s.tasks.signals(), strict=True)):
         here = slice(wait_start[t], wait_start[t] + wait_count[t])
         for found, needed in zip(slot[here], count[here], strict=True):
@@ -114,6 +117,34 @@ def check_waits(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray)
             if sorted(has) != sorted(s.slots[e] for e in wants):
                 expected = sorted(s.slots[e] for e in wants)
                 raise VerificationError("P1", f"{names(s.tasks, [t])} {what} slots {sorted(has)}, not {expected}")
+
+
+Slices = tuple[np.ndarray, np.ndarray]
+"""Start and length of each task's entries in a table."""
+
+
+def _as_declared(s: Schedule, tables: Mapping[str, np.ndarray], waits: Slices, signals: Slices) -> bool:
+    """Whether the tables hold each event's waiters, with its count, and producers, and no more. Where they do not, the
+    caller finds out for which task."""
+    lists = [e.waiters for e in s.tasks.events] + [e.producers for e in s.tasks.events]
+    slots = [s.slots[e.id] for e in s.tasks.events]
+    counts = [len(e.producers) for e in s.tasks.events]
+    task = np.fromiter(chain.from_iterable(lists), dtype=np.int64)
+    lengths = [len(x) for x in lists]
+    slot, count = (np.repeat(np.array([*x, *x], dtype=np.int64), lengths) for x in (slots, counts))
+    split_at = sum(lengths[: len(slots)])
+    for at, (start, length), table in ((0, waits, tables["waits"]), (1, signals, tables["signals"])):
+        owner = np.repeat(np.arange(len(start)), length)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length) + np.repeat(start, length)
+        mine = slice(split_at, None) if at else slice(0, split_at)
+        have = [owner, table["slot"][place].astype(np.int64)]
+        want = [task[mine], slot[mine]]
+        if not at:
+            have.append(table["count"][place].astype(np.int64))
+            want.append(count[mine])
+        if not np.array_equal(*(np.stack(x)[:, np.lexsort(x[::-1])] for x in (have, want))):
+            return False
+    return True
 
 
 def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarray) -> None:
@@ -129,14 +160,16 @@ def check_operands(p: Program, tables: Mapping[str, np.ndarray], place: np.ndarr
         raise VerificationError("P1", text)
     owner = _owners(p)
     binding = {name: i for i, name in enumerate(p.bindings)}
+    storage = {name: b.storage for name, b in buffers.items()}
+    starts, counts = start.tolist(), count.tolist()
     by_node: list[set[str]] = [set() for _ in s.tasks.graph.nodes]
     needed: dict[tuple[int, str], set[str]] = {}
     first: dict[tuple[int, str, int, int], int] = {}
     for t in s.tasks.tasks:
-        used = {buffers[a.buffer].storage for a in (*t.reads, *t.writes)}
+        used = {storage[a.buffer] for a in (*t.reads, *t.writes)}
         by_node[t.node] |= used
         needed.setdefault((t.node, t.op), set()).update(used)
-        first.setdefault((t.node, t.op, int(start[t.id]), int(count[t.id])), t.id)
+        first.setdefault((t.node, t.op, starts[t.id], counts[t.id]), t.id)
     for (node, op, at, n), t in first.items():
         refs = [int(x) for x in tables["operands"]["ref"][at : at + n]]
         for k, ref in enumerate(refs):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
+import numpy as np
+
 from ..errors import VerificationError
 from ..ir.graph import reads, writes
 from ..ir.region import Access
 from ..ir.tasks import Task, TaskGraph, task_name
 from ..ir.types import BufferKind
 from .accesses import AccessIndex, Group, names
+from .overlap import stack
 
 
 def fail(rule: str, tg: TaskGraph, task: Task | None, text: str) -> VerificationError:
@@ -34,12 +39,36 @@ def check_tasks(tg: TaskGraph) -> None:
 def check_accesses(tg: TaskGraph, index: AccessIndex) -> None:
     """T1, second part: every access lies inside a known buffer; what the caller keeps constant is not written."""
     for is_write, groups in ((False, index.reads), (True, index.writes)):
-        for g in groups:
+        for g in _suspicious(groups, is_write):
             wrong = _wrong(g, is_write)
             if wrong:
                 task = tg.tasks[g.tasks[0]]
                 verb = "writes" if is_write else "reads"
                 raise fail("T1", tg, task, f"{task_name(tg, task)} (t{task.id}) {verb} {_text(g.access)}: {wrong}")
+
+
+def _suspicious(groups: list[Group], is_write: bool) -> list[Group]:
+    """Those that `_wrong` must look at. Most are plain boxes inside their buffers, which numpy sees many times faster,
+    and of which layers share the objects."""
+    odd: list[Group] = []
+    by_rank: dict[int, list[Group]] = {}
+    seen: dict[int, tuple[int, ...]] = {}  # by identity of a box: a shape it is compared with
+    for g in groups:
+        a, b = g.access, g.buffer
+        if b is None or a.side is not None or a.partition or len(a.box) != len(b.shape):
+            odd.append(g)
+        elif is_write and b.kind not in (BufferKind.SCRATCH, BufferKind.OUTPUT):
+            odd.append(g)
+        elif a.box and seen.get(id(a.box)) != b.shape:
+            seen[id(a.box)] = b.shape
+            by_rank.setdefault(len(a.box), []).append(g)
+    for same in by_rank.values():
+        boxes = stack([g.access.box for g in same])
+        sizes = np.fromiter(chain.from_iterable(g.buffer.shape for g in same), dtype=np.int64).reshape(len(same), -1)
+        start, stop = boxes[:, :, 0], boxes[:, :, 1]
+        inside = ((start >= 0) & (start <= stop) & (stop <= sizes)).all(axis=1)
+        odd += [same[k] for k in np.flatnonzero(~inside).tolist()]
+    return odd
 
 
 def _text(a: Access) -> str:
@@ -106,9 +135,10 @@ def check_nodes(tg: TaskGraph, index: AccessIndex) -> None:
     added = set(tg.buffers) - set(tg.graph.buffers)
     read: list[set[str]] = [set() for _ in tg.graph.nodes]
     written: list[set[str]] = [set() for _ in tg.graph.nodes]
+    node_of = [t.node for t in tg.tasks]
     for groups, sets in ((index.reads, read), (index.writes, written)):
         for g in groups:
-            for node in {tg.tasks[t].node for t in g.tasks}:
+            for node in {node_of[t] for t in g.tasks} if len(g.tasks) > 1 else (node_of[g.tasks[0]],):
                 sets[node].add(g.buffer.name)
     for i, node in enumerate(tg.graph.nodes):
         extra = written[i] - set(writes(node)) - added
