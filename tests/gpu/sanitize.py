@@ -6,7 +6,8 @@ form, and decoder steps.
 
 Tools: memcheck, initcheck, synccheck, racecheck (which sees shared memory alone). Compares with the reference
 executor, so that it also says whether a step was right. Exits with 0 when all were. Words given as arguments choose
-programs whose names hold one of them.
+programs whose names hold one of them. `--each-lane`, which racecheck needs, makes kernels in which every lane arrives
+for itself where otherwise one does so for its warp: it does not know that __syncwarp orders the others' accesses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # torch's caching allocator would hide accesses past the end of a tensor
@@ -90,6 +92,8 @@ def main(arguments: list[str]) -> int:
         return 2
     schedules = {name: lower(graph, WORKERS) for name, (graph, _) in chosen.items()}
     emitted = {name: emit(made) for name, made in schedules.items()} if ON_GPU else {}
+    if "--each-lane" in arguments:
+        emitted = {n: replace(p, source=f"#define MPK_EACH_LANE_ARRIVES\n{p.source}") for n, p in emitted.items()}
     start = time.perf_counter()
     artifacts = build_all(emitted, default_dir(), lineinfo=True)
     seconds = time.perf_counter() - start

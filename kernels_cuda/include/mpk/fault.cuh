@@ -44,8 +44,11 @@ __device__ __noinline__ void report_pending(Health& h) {
   report(h, h.kind, h.task, h.slot, h.needed, h.seen);
 }
 
-// Counts polls; looks at the clock and at the abort flag only now and then. `give_up` when the bound has passed.
+// Counts polls; looks at the clock and at the abort flag only now and then. `give_up` when the bound has passed. Waits
+// that end when others do have two terms: a slot of the ring, the end of a step. Who waits for the event or the value
+// itself knows what is missing, and says so first.
 struct Patience {
+  u32 terms = 1;
   u32 polls = 0;
   u64 start = 0;
   MPK_DEVICE bool give_up(Health& h, bool& expired) {
@@ -58,7 +61,7 @@ struct Patience {
     }
     const u64 now = ptx::global_timer();
     if (start == 0) start = now;
-    expired = now - start > h.timeout_ns;
+    expired = now - start > terms * h.timeout_ns;
     return expired;
   }
 };

@@ -28,9 +28,9 @@ struct Ready {
   u32 stop;  // the launch is being abandoned: written before `come`, one decision for both roles
 
   MPK_DEVICE void init() {
-    ptx::mbarrier_init(&fetched, 1);
+    ptx::mbarrier_init(&fetched, kArrivals);
     ptx::mbarrier_init(&come, 1);
-    ptx::mbarrier_init(&done, kConsumerWarps);
+    ptx::mbarrier_init(&done, kConsumerWarps * kArrivals);
   }
 };
 MPK_DEVICE u32 parity_of(u32 turn) { return turn >> 1 & 1; }
@@ -265,21 +265,15 @@ MPK_DEVICE bool over(const L& launch) {
   return done && ptx::load_relaxed(done + kOver);
 }
 
-// Wait until every worker is done with the step before, and tell the consumers. Waits inside a step have the same bound
-// and know better what is missing: this one gives them a second term.
+// Wait until every worker is done with the step before, and tell the consumers.
 template <class C, class L>
 MPK_DEVICE void begin_step(const L& launch, SharedState<C>& s, u32 turn, u32 epoch) {
   const u32* control = reinterpret_cast<const u32*>(launch.fixed.control);
-  Patience patience;
-  bool expired, again = false;
+  Patience patience{2};
+  bool expired;
   u32 seen;
   while (static_cast<i32>((seen = ptx::load_acquire(control + CONTROL_EPOCH)) - epoch) < 0) {
     if (!patience.give_up(s.health, expired)) continue;
-    if (expired && !again) {
-      again = true;
-      patience = Patience();
-      continue;
-    }
     if (expired && !report_consumers(s, turn)) report(s.health, kStep, ~0u, 0, epoch, seen);
     break;
   }
@@ -309,9 +303,11 @@ MPK_DEVICE void control(const L& launch, SharedState<C>& s, const Queue& queue) 
     for (u32 i = 0; i < count; ++i, ++turn) {
       Ready& ready = s.ready[turn & 1];
       if (turn > 1 && lane == 0) watch(s, turn - 2);
+      if (kArrivals > 1 && turn > 1)
+        while (!ptx::mbarrier_test(&ready.done, parity_of(turn - 2))) {}
       __syncwarp();
       unpack(launch, s, ready, next, start + step);
-      if (lane == 0) ptx::mbarrier_arrive(&ready.fetched);
+      if (arrives()) ptx::mbarrier_arrive(&ready.fetched);
       next = fetch_lists(launch, after);
       if (++place >= count) place = 0;
       after = fetch_words(launch, queue.task + place);
@@ -372,7 +368,7 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, u32 count) {
       }
       context.mark(kSignalled);
       __syncwarp();
-      if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ready.done);
+      if (arrives()) ptx::mbarrier_arrive(&ready.done);
     }
     const u32 step = s.step;
     if (step + 1 == static_cast<u32>(launch.fixed.steps)) return;
@@ -382,7 +378,7 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, u32 count) {
     while (!ptx::mbarrier_test(&s.begun, step & 1)) {}
     if (s.health.ended) {
       // the loader may be waiting for a slot that nobody will read
-      if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&s.ring.empty[Cursor<C::SLOTS>::unpack(position).index]);
+      if (arrives()) ptx::mbarrier_arrive(&s.ring.empty[Cursor<C::SLOTS>::unpack(position).index]);
       return;
     }
   }

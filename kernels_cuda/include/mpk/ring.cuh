@@ -17,11 +17,27 @@ constexpr u32 kLoaderWarp = kConsumerWarps, kControlWarp = kConsumerWarps + 1;
 constexpr u32 kThreads = kConsumers + 64;
 constexpr u32 kTileRows = 8;  // rows that linear_mma takes together; a tiled run begins a slot with each tile
 
+// A warp arrives on an mbarrier by one of its lanes, behind __syncwarp. racecheck does not know that this orders the
+// other lanes' accesses; in kernels built for it (tests/gpu/sanitize.py) each lane arrives, and waits, for itself, and
+// hints are atomics, so that what it then reports is wrong in either.
+#ifdef MPK_EACH_LANE_ARRIVES
+constexpr u32 kArrivals = 32;
+struct Hint {
+  u32 value;
+  MPK_DEVICE void operator=(u32 v) { atomicExch(&value, v); }
+  MPK_DEVICE operator u32() { return atomicOr(&value, 0); }
+};
+#else
+constexpr u32 kArrivals = 1;
+using Hint = volatile u32;
+#endif
+MPK_DEVICE bool arrives() { return kArrivals == 32 || (threadIdx.x & 31) == 0; }
+
 template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
   alignas(128) char slot[SLOTS][SLOT_BYTES];
   u64 full[SLOTS], empty[SLOTS];
-  volatile u32 waiting;  // the consumers have nothing to do but wait for an event
+  Hint waiting;  // the consumers have nothing to do but wait for an event
 
   MPK_DEVICE void init() {
     for (u32 i = 0; i < SLOTS; ++i) {
@@ -30,7 +46,7 @@ struct Ring {
 #else
       ptx::mbarrier_init(&full[i], 32);
 #endif
-      ptx::mbarrier_init(&empty[i], kConsumerWarps);
+      ptx::mbarrier_init(&empty[i], kConsumerWarps * kArrivals);
     }
     waiting = 0;
   }
@@ -38,7 +54,7 @@ struct Ring {
 
 template <class R>
 MPK_DEVICE bool wait_barrier(R&, u64* bar, u32 parity, Health& h, u32 kind, u32 slot) {
-  Patience patience;
+  Patience patience{kind == kRingRelease ? 2u : 1u};
   bool expired;
   while (!ptx::mbarrier_test(bar, parity)) {
     if (h.ended) return false;
@@ -82,7 +98,7 @@ struct RingReader {
   MPK_DEVICE void release(int slots = 1) {
     __syncwarp();
     for (int i = 0; i < slots; ++i, at.next())
-      if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(&ring.empty[at.index]);
+      if (arrives()) ptx::mbarrier_arrive(&ring.empty[at.index]);
   }
 };
 
