@@ -276,9 +276,11 @@ def proven_program(
 def build(program: "Program", target: "Target", settings: Settings, report: Report) -> Any:
     """A Program as a cubin, from the cache or from NVRTC. Needs no GPU."""
     from .runtime import build as build_program
+    from .runtime.cache import Cache
 
     with report.stage("nvrtc"):
         artifact = build_program(program, target, cache_dir=settings.cache_dir or None, dump_dir=report.dump or None)
+    Cache(settings.cache_dir or None).keep_to(settings.cache_mb << 20)
     report.resources = str(getattr(artifact, "resources", ""))
     return artifact
 

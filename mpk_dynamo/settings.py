@@ -50,6 +50,7 @@ class Settings:
     dump_dir: str = _option("", "folder that receives every stage as text, the CUDA source and the report")
     progress: bool = _option(True, "a line on a terminal about a compilation that takes more than two seconds")
     cache_dir: str = _option("", "folder of compiled kernels; empty: the user's cache folder")
+    cache_mb: int = _option(4096, "size of that folder: what was used longest ago is removed beyond", minimum=0)
     target: str = _option("", "build for this target, e.g. sm_90a, instead of the present GPU")
     flight: int = _option(4, "ring slots that a worker's loader keeps in flight", minimum=1)
     flight_waiting: int = _option(2, "the same while its worker waits for an event", minimum=1)

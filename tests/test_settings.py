@@ -24,7 +24,7 @@ def test_option_wins_over_variable_and_variable_over_default():
 def test_every_option_can_be_set_by_its_variable():
     given = {
         "device": "reference", "workers": "3", "fallback": "eager", "dump_dir": "/d", "cache_dir": "/c",
-        "progress": "False",
+        "progress": "False", "cache_mb": "9",
         "target": "sm_80", "flight": "2", "flight_waiting": "2", "timeout_s": "0.5",
         "profile": "/p", "profile_call": "4", "loop_steps": "7",
     }  # fmt: skip

@@ -3,7 +3,8 @@
 One file per entry: a line of JSON (what made the cubin, its checksum, its resource report), then the cubin. Files
 appear by rename, so processes share a folder without locks. A cubin is code that will run with the user's rights:
 folders and entries that someone else could have written are refused. The cache may lose entries; it never gives
-wrong ones, and no trouble with it stops a compilation.
+wrong ones, and no trouble with it stops a compilation. It is kept to a size by removing what was used longest ago: the
+time of a file is that of its last use.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,13 @@ class Cache:
             if not path.exists():
                 return None
             _refuse_foreign(os.stat(self.folder), self.folder)
-            return _read_own(path)
+            data = _read_own(path)
         except OSError as why:
             _warn(f"the kernel cache entry {path} is not used: {why}")
             return None
+        with suppress(OSError):  # a folder that is only read, or an entry that is removed just now
+            os.utime(path)
+        return data
 
     def put(self, key: str, cubin: bytes, description: Mapping[str, Any]) -> bool:
         """Stores an entry; False (with one warning) when it cannot be stored. `description` is JSON data."""
@@ -97,11 +102,34 @@ class Cache:
             return False
 
 
+    def keep_to(self, size: int) -> None:
+        """Removes the entries that were used longest ago, until the others have at most `size` bytes together. Other
+        processes may use the folder meanwhile: who has opened an entry reads it to its end."""
+        entries = []
+        try:
+            _refuse_foreign(os.stat(self.folder), self.folder)
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith(_SUFFIX):
+                    with suppress(FileNotFoundError):
+                        info = entry.stat(follow_symlinks=False)
+                        entries.append((info.st_mtime_ns, info.st_size, entry.path))
+            total = sum(length for _, length, _ in entries)
+            for _, length, path in sorted(entries):
+                if total <= size:
+                    return
+                Path(path).unlink(missing_ok=True)
+                total -= length
+        except OSError as why:
+            if self.folder.exists():
+                _warn(f"the kernel cache {self.folder} is not kept to {size >> 20} MB: {why}")
+
+
 def _remove_left_over(folder: Path) -> None:
     """Files that a process was writing when it died, a day ago or longer."""
     for path in folder.glob(".*.*"):
-        if path.stat().st_mtime < time.time() - 86400:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # it was only just written, and has its name now
+            if path.stat().st_mtime < time.time() - 86400:
+                path.unlink()
 
 
 def _parsed(key: str, data: bytes, where: str) -> tuple[bytes, dict[str, Any]] | None:
