@@ -47,9 +47,10 @@ def enable(model: "PreTrainedModel", *, max_cache_len: int | None = None, **opti
 
 def disable(model: "PreTrainedModel") -> "PreTrainedModel":
     """Undo `enable`: restores what it changed and drops the compiled call. Does nothing to other models."""
-    saved = model.__dict__.pop(_SAVED, None)
+    saved = getattr(model, _SAVED, None)
     if saved is None:
         return model
+    delattr(model, _SAVED)
     for name, value in saved.items():
         setattr(model.generation_config, name, value)
     from .generate.launches import forget_compiled

@@ -49,7 +49,8 @@ class Generation:
         self.settings, self.stopping, self.streamer = settings, stopping, streamer
         self.prompt = self.length = input_ids.shape[1]
         batch = input_ids.shape[0]
-        self.ids = input_ids.new_zeros(batch, max(stopping.max_length, self.prompt + 1))
+        kind = torch.promote_types(input_ids.dtype, torch.int64)  # as when new tokens are appended to narrower ones
+        self.ids = input_ids.new_zeros(batch, max(stopping.max_length, self.prompt + 1), dtype=kind)
         self.ids[:, : self.prompt] = input_ids
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         self.copied = 0  # new tokens that `ids` has
