@@ -39,18 +39,24 @@ _UNARY_FLOAT = {
     "exp2": "exp2f({0})", "log": "logf({0})", "log2": "log2f({0})", "log1p": "log1pf({0})", "expm1": "expm1f({0})",
     "sin": "sinf({0})", "cos": "cosf({0})", "tanh": "tanhf({0})", "sigmoid": "1.0f / (1.0f + expf(-{0}))",
     "erf": "erff({0})", "floor": "floorf({0})", "ceil": "ceilf({0})", "trunc": "truncf({0})", "round": "rintf({0})",
-    "reciprocal": "1.0f / {0}", "relu": "({0} < 0.0f ? 0.0f : {0})", "isnan": "({0} != {0})", "not": "!{0}",
+    "reciprocal": "1.0f / {0}", "relu": "Max::apply({0}, 0.0f)", "isnan": "({0} != {0})", "not": "!{0}",
 }  # fmt: skip
 _BINARY_FLOAT = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "pow": "powf({0}, {1})",
     "max": "Max::apply({0}, {1})", "min": "Min::apply({0}, {1})", "floordiv": "floorf({0} / {1})",
     "mod": "float_mod({0}, {1})",
 }  # fmt: skip
-_UNARY_INT = {"neg": "-{0}", "abs": "abs({0})", "not": "~{0}", "relu": "({0} < 0 ? 0 : {0})"}
-_BINARY_INT = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "max": "max({0}, {1})", "min": "min({0}, {1})",
-    "and": "{0} & {1}", "or": "{0} | {1}",
+_INT = {
+    "neg": "-{0}", "abs": "({0} < 0 ? -{0} : {0})", "not": "~{0}", "add": "{0} + {1}", "sub": "{0} - {1}",
+    "mul": "{0} * {1}", "max": "max({0}, {1})", "min": "min({0}, {1})", "and": "{0} & {1}", "or": "{0} | {1}",
+    "floordiv": "floor_div({0}, {1})", "mod": "floor_mod({0}, {1})",
 }  # fmt: skip
+_WRAPPING = {
+    "neg": "{1}({0}(0) - {0}(A))", "abs": "{1}(A < 0 ? {0}(0) - {0}(A) : {0}(A))", "add": "{1}({0}(A) + {0}(B))",
+    "sub": "{1}({0}(A) - {0}(B))", "mul": "{1}({0}(A) * {0}(B))",
+}  # fmt: skip
+"""Operators on data A and B, whose range is not known: torch's integers wrap, where signed ones of C++ are undefined.
+{0} is the unsigned type, {1} the signed one."""
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _INT32 = (-(2**31), 2**31 - 1)
 HELD = 16
@@ -145,22 +151,25 @@ class Emitter:
                 text = text.replace("f(", "(").replace(".0f", ".0") if e.name not in ("max", "min", "mod") else None
         elif kind is DType.BOOL:
             text = {"not": "!{0}", "and": "{0} && {1}", "or": "{0} || {1}"}.get(e.name)
-        elif e.name in ("floordiv", "mod"):
-            limits = [bounds(c) for c in e.children]
-            plain = all(x is not None and x[0] >= 0 for x in limits)
-            sign = "/" if e.name == "floordiv" else "%"
-            text = (
-                f"{{0}} {sign} {{1}}"
-                if plain
-                else f"{'floor_div' if e.name == 'floordiv' else 'floor_mod'}({{0}}, {{1}})"
-            )
         else:
-            text = _UNARY_INT.get(e.name) or _BINARY_INT.get(e.name)
-            if e.name in ("add", "sub", "mul", "max", "min") and ctype(e) == "i64":
-                text = (text or "").replace("{0}", "i64({0})").replace("{1}", "i64({1})")
+            text = self._integer(e)
         if text is None:
             raise Unsupported(f"no CUDA form of {e.name} on {kind.value}", origin=self.origin)
         return text.format(*args)
+
+    @staticmethod
+    def _integer(e: Op) -> str | None:
+        """The form of an operator on integers, computed in 64 bits where any operand or the result needs them."""
+        wide = "i64" in map(ctype, (e, *e.children))
+        limits = [bounds(c) for c in e.children]
+        if e.name in ("floordiv", "mod") and all(x is not None and x[0] >= 0 for x in limits):
+            return "{0} / {1}" if e.name == "floordiv" else "{0} % {1}"
+        if e.name in _WRAPPING and bounds(e) is None:
+            text = _WRAPPING[e.name].format(*(("u64", "i64") if wide else ("u32", "int")))
+            return text.replace("A", "{0}").replace("B", "{1}")
+        text, kind = _INT.get(e.name), "i64" if wide else "int"
+        same = all(ctype(c) == kind and not isinstance(c, Const) for c in e.children)
+        return text if text is None or same else text.replace("{0}", f"{kind}({{0}})").replace("{1}", f"{kind}({{1}})")
 
     def offset(self, buffer: Buffer, idx: tuple[Expr, ...], skip: Var | None = None) -> str:
         """Element offset of an index; with `skip`, of the index at skip == 0. Indices from data are checked."""
@@ -263,6 +272,8 @@ def literal(e: Const) -> str:
             return ("-" if value < 0 else "") + "infinity()"
         text = f"{value!r}" + ("" if e.dtype is DType.F64 else "f")
         return f"({text})" if value < 0 else text
+    if value == -(2**63):  # no literal of C++ has this value
+        return f"({value + 1}ll - 1)"
     text = str(value) if _INT32[0] < value <= _INT32[1] else f"{value}ll"
     return f"({text})" if value < 0 else text
 

@@ -35,11 +35,13 @@ def edges(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor([x for p in positive for x in (p, -p)] + [float("nan")], dtype=torch.float64).to(dtype)
 
 
-def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
-    """The same kind of number everywhere: nan, an infinity of the same sign, or near; zeros of the same sign."""
+def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str, signs: bool = True) -> None:
+    """The same kind of number everywhere: nan, an infinity of the same sign, or near; zeros of the same sign if signs
+    and the operator leaves it to neither device of torch."""
     assert ours.dtype is theirs.dtype and ours.shape == theirs.shape
     if not theirs.dtype.is_floating_point:
-        assert torch.equal(ours, theirs), what
+        other = ours != theirs
+        assert not other.any(), f"{what}: {ours[other][:5].tolist()} for {theirs[other][:5].tolist()}"
         return
     a, b = ours.double(), theirs.double()
     finite = b.isfinite()
@@ -47,9 +49,22 @@ def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str)
     # results below the normal numbers may be flushed or rounded otherwise
     slack = SLACK[theirs.dtype] * b.abs() + CANCELS.get(name, 0.0) + 2 * torch.finfo(theirs.dtype).smallest_normal
     wrong |= finite & ~((a - b).abs() <= slack)
-    if name not in ZERO_SIGN_OPEN:
+    if signs and name not in ZERO_SIGN_OPEN:
         wrong |= (a == 0) & (b == 0) & (a.signbit() != b.signbit())
     assert not wrong.any(), f"{what}: {a[wrong][:5].tolist()} for {b[wrong][:5].tolist()}"
+
+
+def assert_all_alike(ours: dict[str, Any], theirs: dict[str, Any], signs_open: frozenset[str] = frozenset()) -> None:
+    """Results of many operators by their names, one tensor or several each. All that differ are reported."""
+    failures = []
+    for name in theirs:
+        both = (ours[name], theirs[name])
+        for k, (a, b) in enumerate(zip(*both, strict=True) if isinstance(both[1], (tuple, list)) else [both]):
+            try:
+                assert_alike(name, a.cpu(), b.cpu(), f"result {k} of {name}", name not in signs_open)
+            except AssertionError as failure:
+                failures.append(str(failure).split("\nassert")[0])
+    assert not failures, "\n".join(failures)
 
 
 # the sign of a zero is open where torch takes a maximum or minimum, or its vectorised code differs from its plain one

@@ -1,6 +1,7 @@
-"""The fake device of the runtime's tests is this folder's too."""
+"""The fake device of the runtime's tests is this folder's too, and so are the tables of operators."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+for folder in ("runtime", "capture"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))

@@ -10,11 +10,11 @@ struct Sum {
 };
 struct Max {
   MPK_DEVICE static float identity() { return -infinity(); }
-  MPK_DEVICE static float apply(float a, float b) { return a < b || b != b ? b : a; }  // NaN wins, as in torch
+  MPK_DEVICE static float apply(float a, float b) { return ptx::max_nan(a, b); }
 };
 struct Min {
   MPK_DEVICE static float identity() { return infinity(); }
-  MPK_DEVICE static float apply(float a, float b) { return a > b || b != b ? b : a; }
+  MPK_DEVICE static float apply(float a, float b) { return ptx::min_nan(a, b); }
 };
 // The same over integers (live key ranges and the like).
 struct SumInt {

@@ -159,6 +159,17 @@ MPK_DEVICE float float_of_half(unsigned short bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
 }
+// The greater and the smaller of two; what is not a number wins, and -0 is below +0, as in torch.
+MPK_DEVICE float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+MPK_DEVICE float min_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
 // Two numbers rounded to 16 bits, the first in the low half.
 MPK_DEVICE u32 pack_bf16x2(float a, float b) {
   u32 r;

@@ -70,6 +70,12 @@ inline u32 load_relaxed(const unsigned short* p) {
 inline void store_relaxed(unsigned short* p, unsigned short v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float max_nan(float a, float b) {
+  return a != a || (a == b ? !signbit(a) : a > b) ? a : b;
+}
+inline float min_nan(float a, float b) {
+  return a != a || (a == b ? signbit(a) : a < b) ? a : b;
+}
 inline float float_of_half(unsigned short bits) {
   _Float16 h;
   memcpy(&h, &bits, 2);
