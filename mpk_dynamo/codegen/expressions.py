@@ -46,6 +46,11 @@ _BINARY_FLOAT = {
     "max": "Max::apply({0}, {1})", "min": "Min::apply({0}, {1})", "floordiv": "floorf({0} / {1})",
     "mod": "float_mod({0}, {1})",
 }  # fmt: skip
+_DOUBLE = {
+    "max": "({0} < {1} || {1} != {1} ? {1} : {0})", "min": "({0} > {1} || {1} != {1} ? {1} : {0})",
+    "relu": "({0} < 0.0 ? 0.0 : {0})", "mod": None,
+}  # fmt: skip
+"""Where the form is not that of float with another suffix."""
 _INT = {
     "neg": "-{0}", "abs": "({0} < 0 ? -{0} : {0})", "not": "~{0}", "add": "{0} + {1}", "sub": "{0} - {1}",
     "mul": "{0} * {1}", "max": "max({0}, {1})", "min": "min({0}, {1})", "and": "{0} & {1}", "or": "{0} | {1}",
@@ -148,7 +153,7 @@ class Emitter:
         if kind is DType.F32 or kind is DType.F64:
             text = _UNARY_FLOAT.get(e.name) or _BINARY_FLOAT.get(e.name)
             if text and kind is DType.F64:
-                text = text.replace("f(", "(").replace(".0f", ".0") if e.name not in ("max", "min", "mod") else None
+                text = _DOUBLE[e.name] if e.name in _DOUBLE else text.replace("f(", "(").replace(".0f", ".0")
         elif kind is DType.BOOL:
             text = {"not": "!{0}", "and": "{0} && {1}", "or": "{0} || {1}"}.get(e.name)
         else:
@@ -380,7 +385,7 @@ def row_function(
             loop = f"for (int r = g.rank; r < {r.var.size}; r += G::SIZE)"
             lines += ["#pragma unroll 8", f"{loop} {{ {' '.join(emitter.lines)} {step} }}"]
         lines.append(f"total{i} = g.template reduce<{combine}>(total{i});")
-        names[r] = f"total{i}"
+        names[r] = f"static_cast<{ctype(r)}>(total{i})" if integer else f"total{i}"
     emitter = make({**names, **inner})
     value = emitter.emit(body)
     storing = make({**names, **inner})

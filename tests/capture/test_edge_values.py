@@ -15,7 +15,7 @@ from capturing import run
 from test_pointwise import BINARY, UNARY
 
 REPEATS = 17  # more than a vector of any CPU holds, and no multiple of one
-SLACK = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SLACK = {torch.float64: 1e-15, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Relative difference: a unit in the last place of a narrow result, a few of f32, whose functions are others here."""
 
 
@@ -70,7 +70,7 @@ def assert_all_alike(ours: dict[str, Any], theirs: dict[str, Any], signs_open: f
 # the sign of a zero is open where torch takes a maximum or minimum, or its vectorised code differs from its plain one
 ZERO_SIGN_OPEN = frozenset(
     "gelu relu6 clamp clamp_min clamp_max clip hardtanh fmax fmin maximum minimum max min "
-    "div.rounding floor_divide".split()
+    "div.rounding floor_divide doubles".split()
 )
 # torch's vectorised code for the CPU multiplies and adds in one step, which overflows later
 FUSED = frozenset("add sub rsub".split())
@@ -118,9 +118,39 @@ def test_binary(name: str) -> None:
         check(name, function, *pairs(name, dtype))
 
 
-@pytest.mark.parametrize("dtype", list(SLACK), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_floor_division_by_anything(dtype: torch.dtype) -> None:
     check("floor_divide", lambda x, y: torch.div(x, y, rounding_mode="floor"), *pairs("floor_divide", dtype))
 
 
 UNDEFINED_FOR_INTEGERS = frozenset(("div.rounding", "floor_divide", "remainder", "fmod", "pow"))
+
+
+MOST, LEAST = 2**63 - 1, -(2**63)
+FURTHER: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
+    "greatest of the least": (lambda x: x.amax(-1), torch.full((2, 5), LEAST)),
+    "least of the greatest": (lambda x: x.amin(-1), torch.full((2, 5), MOST)),
+    "sums that wrap": (lambda x: x.sum(-1), torch.full((2, 5), MOST - 7)),
+    "a 32-bit sum, divided": (
+        lambda x: x.sum(-1, dtype=torch.int32) // (x[:, 0] // 2),
+        torch.full((2, 5), 2**31 - 7, dtype=torch.int32),
+    ),
+    "bytes that wrap": (
+        lambda x: ((x * 7 + 200) // 3, x - 200 > 100, torch.maximum(x + 100, x), -x),
+        torch.arange(256, dtype=torch.uint8),
+    ),
+    "doubles": (
+        lambda x: (x.relu(), torch.maximum(x, -3 * x).clamp(max=1.1), torch.sqrt(abs(x)) / 3),
+        torch.arange(-9, 9, dtype=torch.float64) / 7,
+    ),
+}
+"""Reductions of integers, and the types whose arithmetic is not in the table."""
+
+
+def further(given: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: FURTHER[name][0](x) for name, x in given.items()}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further(name: str) -> None:
+    check(name, *FURTHER[name])

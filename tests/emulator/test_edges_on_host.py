@@ -10,7 +10,7 @@ import pytest
 import torch
 from host_kernel import COMPILER
 from test_device_code import TARGET, WORKERS, emulated
-from test_edge_values import REPEATS, assert_all_alike, edges, pairs
+from test_edge_values import FURTHER, REPEATS, assert_all_alike, edges, further, pairs
 from test_pointwise import ALL, BINARY, UNARY
 
 from mpk_dynamo import pipeline
@@ -63,3 +63,12 @@ def test_on_the_host(case: str, tmp_path: Path) -> None:
     model, inputs = model_of(*CASES[case])
     ours = torch.compile(model, backend=emulated(tmp_path), fullgraph=True)(inputs)
     assert_all_alike(ours, model(inputs), SIGN_OPEN)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernel for the host; there is none")
+def test_further_types_on_the_host(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    inputs = {name: x for name, (_, x) in FURTHER.items()}
+    ours = torch.compile(further, backend=emulated(tmp_path), fullgraph=True)(inputs)
+    assert_all_alike(ours, further(inputs))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness import DEVICE, ON_GPU, gpu
-from test_edge_values import REPEATS, assert_all_alike, edges, pairs
+from test_edge_values import FURTHER, REPEATS, assert_all_alike, edges, further, pairs
 from test_pointwise import ALL, BINARY, UNARY
 
 import mpk_dynamo
@@ -38,3 +38,10 @@ def test_edges(operands: int, dtype: torch.dtype, part: int) -> None:
         theirs = model(inputs)
     assert [r.outcome for r in mpk_dynamo.reports()] == ["kernel" if ON_GPU else "reference"]
     assert_all_alike(ours, theirs)
+
+
+def test_further_types() -> None:
+    torch._dynamo.reset()
+    inputs = {name: x.to(DEVICE) for name, (_, x) in FURTHER.items()}
+    ours = torch.compile(further, backend="mpk", fullgraph=True, options={"fallback": "error"})(inputs)
+    assert_all_alike(ours, further(inputs))

@@ -19,14 +19,14 @@ struct Min {
 // The same over integers (live key ranges and the like).
 struct SumInt {
   MPK_DEVICE static i64 identity() { return 0; }
-  MPK_DEVICE static i64 apply(i64 a, i64 b) { return a + b; }
+  MPK_DEVICE static i64 apply(i64 a, i64 b) { return static_cast<i64>(static_cast<u64>(a) + static_cast<u64>(b)); }
 };
 struct MaxInt {
-  MPK_DEVICE static i64 identity() { return -(1ll << 62); }
+  MPK_DEVICE static i64 identity() { return ~0x7fffffffffffffffll; }
   MPK_DEVICE static i64 apply(i64 a, i64 b) { return a < b ? b : a; }
 };
 struct MinInt {
-  MPK_DEVICE static i64 identity() { return 1ll << 62; }
+  MPK_DEVICE static i64 identity() { return 0x7fffffffffffffffll; }
   MPK_DEVICE static i64 apply(i64 a, i64 b) { return a > b ? b : a; }
 };
 
