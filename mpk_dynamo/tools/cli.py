@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     coverage.add_argument("--target", default="sm_90a", help="GPU or architecture that programs are generated for")
     coverage.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the models run")
     coverage.add_argument("--published", action="store_true", help="widths of published checkpoints, two layers")
-    coverage.add_argument("--jobs", type=int, default=0, help="families measured at once; default: half of the CPUs")
+    coverage.add_argument("--jobs", type=int, default=0, help="processes at once; default: half of the CPUs")
     coverage.add_argument("--timeout", type=int, default=900, metavar="S", help="bound of one family, in seconds")
     coverage.set_defaults(run=_coverage)
 

@@ -319,8 +319,11 @@ def run(arguments: Any) -> int:
     """The command. Exit status 1 when a row is inaccurate or failed."""
     families = arguments.family or [*FAMILIES, *([] if arguments.published else PARTIAL)]
     found: dict[tuple[str, int], Coverage] = {}
-    with ThreadPoolExecutor(arguments.jobs or max(1, (os.cpu_count() or 1) // 2)) as pool:
-        jobs = [pool.submit(_measured_apart, family, arguments) for family in families]
+    workers = arguments.jobs or max(1, (os.cpu_count() or 1) // 2)
+    # one process imports torch once for all sizes; with CPUs to spare, sizes are measured beside each other
+    sizes = [[b] for b in arguments.batch] if workers > len(families) else [arguments.batch]
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(_measured_apart, family, each, arguments) for family in families for each in sizes]
         for job in as_completed(jobs):
             for c in job.result():
                 found[c.family, c.batch] = c
@@ -330,10 +333,10 @@ def run(arguments: Any) -> int:
     return 0 if all(c.accurate and not c.failure for c in rows) else 1
 
 
-def _measured_apart(family: str, arguments: Any) -> list[Coverage]:
+def _measured_apart(family: str, batches: Sequence[int], arguments: Any) -> list[Coverage]:
     """A family's rows, from processes of their own: what kills one, or breaks its CUDA context, costs one row."""
     out: list[Coverage] = []
-    while left := arguments.batch[len(out) :]:
+    while left := batches[len(out) :]:
         words = [sys.executable, "-W", "ignore", "-m", __name__, family, *map(str, left)]
         words += ["--target", arguments.target, "--device", arguments.device]
         words += ["--published"] if arguments.published else []

@@ -94,6 +94,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
         "tie_word_embeddings": True,
     },
+    "gpt2": {"model_type": "gpt2"},  # the defaults of its configuration
 }
 """The `config.json` of published models, as far as it shapes the computation."""
 
