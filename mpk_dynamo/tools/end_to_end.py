@@ -64,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     capacity = arguments.max_cache or arguments.prompt + arguments.new
     kernel_ms = None
     if not arguments.no_kernel:
-        say("compile and time one step's kernel alone")
-        kernel_ms = _kernel_ms(model, arguments, capacity)
-        _say_compiled(say)
+        kernel_ms = _kernel_ms(model, arguments, capacity, say)
     results: dict[str, EndToEnd] = {}
     for name in dict.fromkeys(("mpk", *arguments.against)):
         results[name] = _one(name, model, arguments, capacity, energy, say)
@@ -88,21 +86,26 @@ def _check(arguments: argparse.Namespace) -> None:
         raise OptionError("no CUDA device, so there is nothing to time", remedy="run on a machine with a GPU")
     if arguments.device != "cuda":
         raise OptionError("times of the reference executor say nothing", remedy="--device cuda")
-    if arguments.new < 32 or arguments.repeats < 1:
-        raise OptionError(f"{arguments.new} new tokens, {arguments.repeats} repeats", remedy="at least 32 and 1")
+    if arguments.new < 64 or arguments.repeats < 1:
+        raise OptionError(f"{arguments.new} new tokens, {arguments.repeats} repeats", remedy="at least 64 and 1")
     if arguments.max_cache and arguments.max_cache < arguments.prompt + arguments.new:
         raise OptionError(f"a cache of {arguments.max_cache} tokens cannot hold the prompt and the new tokens")
 
 
-def _kernel_ms(model: "PreTrainedModel", arguments: argparse.Namespace, capacity: int) -> float | None:
+def _kernel_ms(
+    model: "PreTrainedModel", arguments: argparse.Namespace, capacity: int, say: "_Clock"
+) -> float | None:
     """Time of one step's kernel alone at the middle of the generation, the host being ahead: what the loop is
     measured against."""
     shape = {"batch": arguments.batch, "prompt": arguments.prompt + arguments.new // 2, "max_cache": capacity}
     decoder = Decoder(model, **shape, steps=24)
     torch._dynamo.reset()
     forward = torch.compile(model, dynamic=False, backend="mpk", fullgraph=True, options={"fallback": "error"})
-    times = measure(decoder, forward, 5)
-    return times.queued_ms
+    say("the step's kernel alone: compile")
+    with torch.no_grad():
+        forward(**decoder.steps[0])
+    _say_compiled(say)
+    return measure(decoder, forward, 5).queued_ms
 
 
 def _one(
@@ -134,9 +137,9 @@ def _one(
         if name == "mpk":
             _say_compiled(say)
         few = arguments.new // 8
+        say(f"{name}: up to {arguments.repeats} x ({few} and {arguments.new} tokens)")
         generate(few)  # the first calls record CUDA graphs, say
         first = statistics.median(generate(1) for _ in range(3))
-        say(f"{name}: up to {arguments.repeats} x ({few} and {arguments.new} tokens)")
         slopes: list[float] = []
         begin = time.perf_counter()
         while len(slopes) < arguments.repeats and (len(slopes) < 3 or time.perf_counter() - begin < PATIENCE_S):
