@@ -23,7 +23,7 @@ from ..progress import progress
 from ..report import Report, record
 from ..settings import Settings
 from ..specialize import free_numbers, has_symbols, returned_numbers, size_key
-from .inputs import counting_layers
+from .inputs import count, counting_layers
 
 if TYPE_CHECKING:
     from transformers import CompileConfig, PreTrainedModel
@@ -42,7 +42,7 @@ def notice(text: str) -> None:
 class Segment:
     """Launches that follow each other without the host touching what the steps are fed.
 
-    inputs: what the model's forward takes for the first of them; the tensors of `fed` among them are advanced by each
+    before: tokens that were chosen before them. inputs: what the model's forward takes for the first of them; the tensors of `fed` among them are advanced by each
     launch. reads: whether the host wants to read the tokens of each launch. repeat: launches again, and is None until
     the first launch, or when the graph is for one step only. launched: the last one.
     """
@@ -50,10 +50,18 @@ class Segment:
     inputs: dict[str, Any]
     fed: dict[str, Any]
     state: LoopState
+    before: int
     reads: bool = False
     steps: int = 0
     repeat: "Callable[[Segment, int], None] | None" = None
     launched: Launched | None = None
+    _counted: int = 1  # the model's own code runs once, and counts the first step itself
+
+    def count(self, chosen: int) -> None:
+        """`chosen` tokens are chosen by now: of which layers that count in Python should know."""
+        steps = chosen - self.before
+        count(self.inputs, steps - self._counted)
+        self._counted = steps
 
 
 class LoopForward:

@@ -14,7 +14,7 @@ from ..errors import Unsupported
 from ..loop import Launched, LoopState, Sampling
 from ..loop.state import CAPACITY
 from ..settings import Settings
-from .inputs import count, fed_of, full_windows, room_in_window
+from .inputs import fed_of, full_windows, room_in_window
 from .launches import LoopForward, Segment, compiled_step, loop_forward, notice
 from .request import Stopping, barred_ids, cache_of, penalised_ids
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 LAUNCH_S = 0.05
-"""Aim for the length of a launch in seconds: Ctrl-C waits for those under way."""
+"""Aim for the length of a launch in seconds."""
 SHORT_LAUNCH_S = 0.025
 """The same when somebody reads along, or decides about stopping after each token."""
 AHEAD = 2
@@ -99,8 +99,21 @@ class Generation:
         forward.step_s[prompt.shape[0]] = pace.step_s
 
     def _segment(self, forward: LoopForward, pace: "Pace", inputs: dict[str, Any]) -> None:
-        """Launches until all is over, or the host has to prepare the inputs anew."""
-        segment = Segment(inputs, fed_of(inputs), self.state, reads=self.streamer is not None)
+        """Launches until all is over, or the host has to prepare the inputs anew. Where that is cut short (Ctrl-C, an
+        error of a streamer or a criterion), those under way end early, and the cache counts what they did."""
+        segment = Segment(inputs, fed_of(inputs), self.state, self.state.most, reads=self.streamer is not None)
+        try:
+            self._launches(forward, pace, segment)
+        except BaseException:
+            if segment.launched is not None:
+                with contextlib.suppress(RuntimeError):  # of a device that is broken: the error on its way says why
+                    self.state.stop()
+                    segment.count(self.state.read()[0])
+            raise
+
+    def _launches(self, forward: LoopForward, pace: "Pace", segment: Segment) -> None:
+        """The work of `_segment`."""
+        inputs = segment.inputs
         room = room_in_window(inputs, segment.fed["masks"])
         # what leaves a full window cannot be taken back
         longest = 1 if self.stopping.host and full_windows(inputs) else CAPACITY
@@ -108,7 +121,6 @@ class Generation:
         length, first = self.length, True  # the length once all launches under way are done
         under_way: collections.deque[Launched] = collections.deque()
         most = 1 if self.stopping.host else AHEAD
-        uncounted = 1  # the model's own code runs once, and counts the first step itself
         while not self.over:
             while len(under_way) < most and (first or (segment.repeat is not None and length < last)):
                 steps = min(pace.steps, last - length, longest)
@@ -123,10 +135,9 @@ class Generation:
             before, launched = self.length, under_way.popleft()
             done = self._accept(launched)
             pace.took(done, launched.begun, launched.ended)
-            count(inputs, done - uncounted)
-            uncounted, taken = 0, self.length - before
-            if taken < done:
-                self._take_back(inputs, done - taken)
+            segment.count(before - self.prompt + done)
+            if self.length < before + done:
+                self._take_back(segment, before + done - self.length)
                 return
 
     def _first(self, forward: LoopForward, segment: Segment, steps: int) -> None:
@@ -193,11 +204,11 @@ class Generation:
                 return known  # what was chosen beyond this token did not know that a sequence had ended
         return True
 
-    def _take_back(self, inputs: dict[str, Any], steps: int) -> None:
+    def _take_back(self, segment: Segment, steps: int) -> None:
         """Undo the last `steps` steps: later steps overwrite their keys and values."""
         for layer in self.cache.layers:
             layer.cumulative_length.sub_(steps)
-        count(inputs, -steps)
+        segment.count(self.length - self.prompt)
 
     def result(self) -> Any:
         """Ids [B, length], or HF's output object."""

@@ -15,6 +15,10 @@ Run = Callable[[tuple[Any, ...], int, torch.Tensor], None]
 """(arguments, steps, done): run up to `steps` steps, none after one that set `done`, be it of an earlier call."""
 
 
+_PATIENT_S, _POLL_S = 1e-3, 5e-5
+"""For so long a launch is asked all the time whether it is over, then after so many seconds each."""
+
+
 class Launched:
     """What a generation has come to by a launch, for a host that goes on ahead of the device: made right after the
     launch, and `wait` waits for that launch alone, whatever was launched later.
@@ -43,11 +47,12 @@ class Launched:
 
     def wait(self) -> tuple[int, bool]:
         """(tokens chosen, whether all sequences are finished)."""
-        if self._event is not None:
-            self._event.synchronize()
+        begin = time.perf_counter()
+        while self._event is not None and not self._event.query():  # synchronize() would not let Ctrl-C in
+            time.sleep(0 if time.perf_counter() - begin < _PATIENT_S else _POLL_S)
         self.ended = time.perf_counter()
         self._check()
-        step, done, _ = self._counters.tolist()
+        step, done, *_ = self._counters.tolist()
         return step, bool(done)
 
 

@@ -70,7 +70,8 @@ class LoopState:
     """The tensors of one generation, all on one device; made by `create`. A launch reads and writes them in place.
 
     tokens: [B, max_steps] int64, the tokens chosen so far; pad after the end of a sequence. finished: [B] bool.
-    counters: [3] int64: `step`, `done`, and a word in which a launch notes that `done` ended it. The rest is `inputs`.
+    counters: [4] int64: `step`, `done`, a word in which a launch notes that it has ended for good, and one in which the
+    host asks for that. The rest is `inputs`.
     """
 
     tokens: torch.Tensor
@@ -80,6 +81,7 @@ class LoopState:
     sampling: Sampling
     inputs: dict[str, torch.Tensor] = field(repr=False)
     _all_tokens: torch.Tensor = field(repr=False)
+    _one: torch.Tensor = field(repr=False)
     known: tuple[int, bool] | None = None
     """What `read` said last, None when that may have changed."""
     most: int = 0
@@ -140,11 +142,12 @@ class LoopState:
         state = cls(
             tokens=everything[:, :max_steps],
             finished=torch.zeros(batch, dtype=torch.bool, device=device),
-            counters=torch.zeros(3, dtype=torch.int64, device=device),
+            counters=torch.zeros(4, dtype=torch.int64, device=device),
             seen=None,
             sampling=sampling,
             inputs=inputs,
             _all_tokens=everything,
+            _one=torch.ones(1, dtype=torch.int64, pin_memory=device.type == "cuda"),
             known=(0, False),
         )
         if "penalty" in sampling.stages:
@@ -181,7 +184,7 @@ class LoopState:
 
     def read(self) -> tuple[int, bool]:
         """(tokens chosen, whether all sequences are finished), once the device is done with what was launched."""
-        step, done, _ = self.counters.tolist()
+        step, done, *_ = self.counters.tolist()
         self.known, self.most = (step, bool(done)), step
         return self.known
 
@@ -193,6 +196,17 @@ class LoopState:
                 remedy="make the state with more max_steps",
             )
         self.known, self.most = None, self.most + steps
+
+    def stop(self) -> None:
+        """Let the launch under way end after the step it is at, and those behind it run none. Returns at once, however
+        many there are."""
+        if not self.counters.is_cuda:
+            self.counters[1:] = 1
+            return
+        aside = torch.cuda.Stream(self.counters.device)  # this stream's turn comes after the launches
+        with torch.cuda.stream(aside):
+            self.counters[3:].copy_(self._one, non_blocking=True)
+        aside.synchronize()
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """[B, V] fp32: the next token's logits after the repetition penalty, min_new_tokens and the temperature."""

@@ -91,8 +91,8 @@ class DeviceCallable:
         return self.run(args)
 
     def run(self, args: tuple[Any, ...], steps: int = 1, done: torch.Tensor | None = None) -> tuple[Any, ...]:
-        """One launch of up to `steps` steps; it ends after a step that leaves the first of `done` (int64 [2]) other
-        than 0, sets the second then, and runs no step where that is set. What a step is fed must be STATE."""
+        """One launch of up to `steps` steps, which ends and is followed by none as Executable.launch says; done: the
+        first of three int64. What a step is fed must be STATE."""
         if not self._checked:
             self._check(args)
         addresses = [*map(_data_ptr, self._pick(args))]

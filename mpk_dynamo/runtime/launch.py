@@ -135,8 +135,8 @@ class Executable:
     def launch(self, pointers: Sequence[int], steps: int = 1, done: int = 0) -> None:
         """Enqueues one launch of up to `steps` steps on torch's current stream. `pointers`: device addresses in the
         order of Program.bindings; the tensors must stay alive as for any operation on that stream. `done`: address of
-        two int64; a step that leaves the first other than 0 is the last of this launch and of all that come later with
-        the same `done`, which the launch notes in the second.
+        three int64; a step that leaves the first other than 0, or finds the third so when it ends, is the last of this
+        launch and of all that come later with the same `done`, which the launch notes in the second.
 
         Raises DeviceFault for a fault of an earlier launch, LaunchError when the driver refuses.
         """

@@ -258,7 +258,7 @@ MPK_DEVICE void await_events(SharedState<C>& s, const u32* control, u32 turn) {
 
 // Whether a step of this launch or of one before it was the last. Written when all workers have ended that step, so that
 // all workers of a launch find the same at its start, however late one of them comes.
-constexpr u32 kOver = 2;  // words behind `done`
+constexpr u32 kOver = 2, kStop = 4;  // words behind `done`; the host writes the second
 template <class L>
 MPK_DEVICE bool over(const L& launch) {
   const u32* done = reinterpret_cast<const u32*>(launch.fixed.done);
@@ -336,7 +336,7 @@ MPK_DEVICE void end_step(const L& launch, u32 epoch) {
   u32* control = reinterpret_cast<u32*>(launch.fixed.control);
   if (ptx::atomic_add_acq_rel(control + CONTROL_DONE, 1) + 1 != (epoch + 1) * gridDim.x) return;
   u32* done = reinterpret_cast<u32*>(launch.fixed.done);
-  if (done && ptx::load_relaxed(done)) ptx::store_relaxed(done + kOver, 1);
+  if (done && (ptx::load_relaxed(done) | ptx::load_relaxed(done + kStop))) ptx::store_relaxed(done + kOver, 1);
   ptx::store_release(control + CONTROL_EPOCH, epoch + 1);
 }
 
