@@ -75,3 +75,15 @@ def test_the_launch_ends_when_all_sequences_are_finished(on_host, tmp_path):
     assert sum(found.ran) == last and found.ran[-1] == 0 and found.state.read() == (last + 1, True)
     again = decoding.generate([14])  # the loader gave up in the middle of its weights: the next launch starts afresh
     assert torch.equal(again.tokens, free)
+
+
+@slow
+def test_the_host_may_ask_for_the_end(on_host, tmp_path):
+    decoding = Decoding(model_of("llama"), GREEDY, 2, workers=3, timeout_s=60.0, cache_dir=str(tmp_path))
+    free = decoding.generate([9])
+    made = decoding.generate([2], room=12)
+    made.state.counters[3] = 1  # what `stop` writes while a launch is under way
+    made.ran += [decoding._loop(made.args, made.state, 6) for _ in range(2)]
+    assert made.ran == [2, 1, 0], "the step under way is the last"
+    assert torch.equal(made.tokens, free.tokens[:, :4])
+    assert torch.equal(decoding.generate([9]).tokens, free.tokens)

@@ -218,6 +218,19 @@ def test_an_interrupt_leaves_all_usable(pair: Any):
     assert_equal(ours.generate(**how, compile_config=with_steps(3)), theirs.generate(**how))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_interrupt_leaves_a_cache_that_counts_alike(at: int):
+    """A sliding window counts its tokens in Python and on the device."""
+    torch._dynamo.reset()
+    model = mpk_dynamo.enable(make("mistral", sliding_window=14), fallback="error", loop_steps=3)
+    cache, given = StaticCache(config=model.config, max_cache_len=CAPACITY), prompts(1)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**given, **GREEDY, max_new_tokens=12, past_key_values=cache, streamer=Recorder(at + 1))
+    for layer in cache.layers:
+        assert layer.cumulative_length_int == int(layer.cumulative_length) >= 6 + at - 1
+
+
 class Forbid(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, 10:20] = -float("inf")

@@ -84,6 +84,19 @@ def test_launches_behind_the_end_run_no_step(options):
 
 
 @kernel_only
+def test_the_host_may_ask_for_the_end_of_launches_under_way(options):
+    decoding = Decoding(model_of("llama", device=DEVICE), GREEDY, 2, **options)
+    free = decoding.generate([40]).tokens
+    made = decoding.generate([], room=56)
+    torch.cuda._sleep(400_000_000)  # cycles: the launches have not begun when they are asked to end
+    ahead = [decoding._loop.start(made.args, made.state, 28) for _ in range(2)]
+    made.state.stop()
+    assert [one.wait() for one in ahead] == [(2, False)] * 2, "one step, and none in the launch behind"
+    assert torch.equal(made.tokens, free[:, :2])
+    assert torch.equal(decoding.generate([40]).tokens, free)
+
+
+@kernel_only
 def test_several_steps_inside_a_graph(options):
     decoding = Decoding(model_of("llama", device=DEVICE), SAMPLED, 2, **options)
     expected = decoding.generate([3, 24]).tokens

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -97,6 +100,36 @@ class Interrupting(BaseStreamer):
 
     def end(self) -> None:
         raise AssertionError("interrupted")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="launches take no time to end on the reference executor")
+def test_ctrl_c_ends_launches_of_any_length() -> None:
+    """Two launches of seconds are under way when the signal comes."""
+    model, prompt = make("llama", tied=True), token_ids(1, 8)
+    capacity = 60_000
+    mpk_dynamo.enable(model, max_cache_len=capacity, fallback="error", loop_steps=25_000)
+
+    def generate(new: int, cache: StaticCache) -> torch.Tensor:
+        return model.generate(prompt, do_sample=False, max_new_tokens=new, past_key_values=cache)
+
+    def empty() -> StaticCache:
+        return StaticCache(config=model.config, max_cache_len=capacity)
+
+    expected = generate(20, empty())
+    begin = time.perf_counter()
+    generate(25_002, empty())
+    whole = time.perf_counter() - begin
+    cache = empty()
+    timer = threading.Timer(0.2, _thread.interrupt_main)
+    timer.start()
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        generate(50_002, cache)
+    took = time.perf_counter() - begin
+    assert whole > 0.8, "too quick to tell"
+    assert took < 0.2 + 0.25 * whole
+    assert 8 < int(cache.layers[0].cumulative_length) < 12_500
+    assert torch.equal(generate(20, empty()), expected)
 
 
 def test_a_cache_is_continued_and_an_interrupt_leaves_all_usable() -> None:
