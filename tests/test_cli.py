@@ -133,14 +133,15 @@ def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     model = load(TINY)
     model.generation_config.eos_token_id = None
-    arguments = Namespace(batch=1, prompt=8, new=32, repeats=1, sample=False)
+    arguments = Namespace(batch=1, prompt=8, new=40, repeats=1, sample=False, seconds=0.0)
     before = model.generation_config.to_dict()
     results = {n: end_to_end._one(n, model, arguments, 48, None, end_to_end._Clock()) for n in ("mpk", "eager")}
     said = capsys.readouterr().err
     assert "mpk: compile" in said and "compiled in" in said and "verify" in said and "eager: up to 1 x" in said
+    assert {r.new for r in results.values()} == {32}, "no time for all"
     assert all(r.repeats == 1 and r.compile_s > 0 and r.token_ms > 0 and r.first_ms > 0 for r in results.values())
     assert model.generation_config.to_dict() == before
-    arguments = Namespace(model=TINY, batch=1, prompt=8, new=32, sample=False)
+    arguments = Namespace(model=TINY, batch=1, prompt=8, new=40, sample=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     figures = end_to_end._figures(arguments, 48, 0.5, results)
     assert "over kernel us" in end_to_end._table(figures, results) and json.dumps(figures)

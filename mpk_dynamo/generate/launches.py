@@ -42,9 +42,10 @@ def notice(text: str) -> None:
 class Segment:
     """Launches that follow each other without the host touching what the steps are fed.
 
-    before: tokens that were chosen before them. inputs: what the model's forward takes for the first of them; the tensors of `fed` among them are advanced by each
-    launch. reads: whether the host wants to read the tokens of each launch. repeat: launches again, and is None until
-    the first launch, or when the graph is for one step only. launched: the last one.
+    before: tokens that were chosen before them. inputs: what the model's forward takes for the first of them; the
+    tensors of `fed` among them are advanced by each launch. reads: whether the host wants to read the tokens of each
+    launch. repeat: launches again, and is None until the first launch, or when the graph is for one step only.
+    launched: the last one.
     """
 
     inputs: dict[str, Any]

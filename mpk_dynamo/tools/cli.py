@@ -41,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--new", type=int, default=512, help="new tokens of --e2e (the slope over them counts)")
     bench.add_argument("--sample", action="store_true", help="with --e2e: temperature 0.8, top-k 50, top-p 0.95")
     bench.add_argument("--no-kernel", action="store_true", help="with --e2e: do not compile and time the step alone")
+    bench.add_argument(
+        "--seconds", type=float, default=15.0, help="with --e2e: how long the repeats of each may take; a slow one "
+        "makes fewer tokens",
+    )  # fmt: skip
     bench.add_argument("--energy", action="store_true", help="with --e2e: energy per token over 20 s of each")
     bench.add_argument("--json", default="", metavar="FILE", help="write all figures; - for standard output")
     bench.set_defaults(run=_bench)

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 ALTERNATIVES = ("eager", "inductor", "mpk")
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 ENERGY_S = 20.0
-PATIENCE_S = 15.0
-"""Seconds after which an alternative is repeated no more, if it was three times."""
+LEAST_REPEATS = 3
 
 
 @dataclass(frozen=True)
 class EndToEnd:
     """token_ms: slope of generate()'s time over the number of new tokens, so that prefill and set-up are not in it;
     each step makes one token of every sequence. first_ms: time of a call for one new token. spread_ms: slopes of the
-    fastest and slowest of `repeats` repeats. joules: energy per step, when asked for."""
+    fastest and slowest of `repeats` repeats. new: new tokens of the longer call, fewer than asked for where an
+    alternative is slow. joules: energy per step, when asked for."""
 
     name: str
     token_ms: float
@@ -45,6 +45,7 @@ class EndToEnd:
     first_ms: float
     compile_s: float
     repeats: int
+    new: int
     joules: float | None = None
     watts: float | None = None
 
@@ -136,20 +137,29 @@ def _one(
         compile_s = generate(8)
         if name == "mpk":
             _say_compiled(say)
-        few = arguments.new // 8
-        say(f"{name}: up to {arguments.repeats} x ({few} and {arguments.new} tokens)")
-        generate(few)  # the first calls record CUDA graphs, say
+        generate(16)  # the first calls record CUDA graphs, say
+        new = _affordable(arguments, generate(16) / 16)
+        few = new // 8
+        say(f"{name}: up to {arguments.repeats} x ({few} and {new} tokens)")
         first = statistics.median(generate(1) for _ in range(3))
         slopes: list[float] = []
         begin = time.perf_counter()
-        while len(slopes) < arguments.repeats and (len(slopes) < 3 or time.perf_counter() - begin < PATIENCE_S):
-            short, long = generate(few), generate(arguments.new)
-            slopes.append((long - short) / (arguments.new - few) * 1e3)
+        while len(slopes) < arguments.repeats:
+            if len(slopes) >= LEAST_REPEATS and time.perf_counter() - begin > arguments.seconds:
+                break
+            short, long = generate(few), generate(new)
+            slopes.append((long - short) / (new - few) * 1e3)
         if energy is not None:
             say(f"{name}: energy, {ENERGY_S:.0f} s")
         joules, watts = _energy(energy, generate, arguments.new) if energy is not None else (None, None)
     spread = (min(slopes), max(slopes))
-    return EndToEnd(name, statistics.median(slopes), spread, first * 1e3, compile_s, len(slopes), joules, watts)
+    return EndToEnd(name, statistics.median(slopes), spread, first * 1e3, compile_s, len(slopes), new, joules, watts)
+
+
+def _affordable(arguments: argparse.Namespace, token_s: float) -> int:
+    """How many new tokens the longer call makes: all, or so many that the least number of repeats takes about as long
+    as it may. token_s: what a token takes, prompt included."""
+    return max(32, min(arguments.new, int(arguments.seconds / LEAST_REPEATS / token_s * 8 / 9)))
 
 
 @contextlib.contextmanager
@@ -206,19 +216,17 @@ def _table(figures: dict[str, Any], results: dict[str, EndToEnd]) -> str:
     lines = [f"{figures['model']}: generate(), {how}, {size}"]
     if kernel:
         lines.append(f"the step's kernel alone: {kernel:.3f} ms")
-    rows = [("", "ms/token", "min..max", "tokens/s", "over kernel us", "first ms", "compile s", "J/token")]
+    rows = [("", "ms/token", "min..max", "over", "tokens/s", "over kernel us", "first ms", "compile s", "J/token")]
     for r in results.values():
-        over = f"{(r.token_ms - kernel) * 1e3:.0f}" if kernel else "-"
+        times = [f"{r.token_ms:.3f}", f"{r.spread_ms[0]:.3f}..{r.spread_ms[1]:.3f}", f"{r.new - r.new // 8}"]
         rate = f"{figures['batch'] / r.token_ms * 1e3:.0f}"
+        over = f"{(r.token_ms - kernel) * 1e3:.0f}" if kernel else "-"
         joules = f"{r.joules / figures['batch']:.4f}" if r.joules is not None else "-"
-        spread = f"{r.spread_ms[0]:.3f}..{r.spread_ms[1]:.3f}"
-        rows.append(
-            (r.name, f"{r.token_ms:.3f}", spread, rate, over, f"{r.first_ms:.1f}", f"{r.compile_s:.1f}", joules)
-        )
+        rows.append((r.name, *times, rate, over, f"{r.first_ms:.1f}", f"{r.compile_s:.1f}", joules))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for name, *cells in rows:
         lines.append("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))]))
-    lines.append("ms/token: slope of the total time over the number of new tokens; one token of each sequence")
+    lines.append("ms/token: slope of the total time over so many new tokens (over); one token of each sequence")
     return "\n".join(lines)
 
 
