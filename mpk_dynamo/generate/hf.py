@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import OptionError
 from ..loop.state import CAPACITY
 from ..settings import Settings
 from .launches import notice
@@ -80,10 +81,16 @@ def custom_generate(
     loop for one call of a model that is not enabled.
 
     `generate()` hands no streamer to such a function: for streaming, `mpk_dynamo.enable` the model. Options go in
-    `compile_config`.
+    `compile_config`. Raises OptionError where generate() would not take the next token by itself, as with beams.
     """
     from transformers.generation.utils import GenerationMixin
 
+    mode = generation_config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        raise OptionError(
+            f"custom_generate takes token by token, and {mode.replace('_', ' ')} is asked for",
+            remedy="set num_beams=1 and the like, or leave custom_generate out",
+        )
     if generation_config.compile_config is None:
         generation_config.compile_config = compile_config()
     return sample(

@@ -103,6 +103,8 @@ def stopping_of(criteria: "StoppingCriteriaList") -> Stopping | str:
             host = True
     if criteria.max_length is None:
         return "no maximum length is given"
+    if not isinstance(criteria.max_length, int):
+        return f"the maximum length is {criteria.max_length!r}"
     if len(eos) > MAX_EOS:
         return f"{len(eos)} end-of-sequence ids are given, {MAX_EOS} are possible"
     return Stopping(criteria.max_length, tuple(eos), any(hasattr(c, "eos_token_id") for c in criteria), host)

@@ -51,7 +51,7 @@ class Generation:
         batch = input_ids.shape[0]
         kind = torch.promote_types(input_ids.dtype, torch.int64)  # as when new tokens are appended to narrower ones
         self.ids = input_ids.new_zeros(batch, max(stopping.max_length, self.prompt + 1), dtype=kind)
-        self.ids[:, : self.prompt] = input_ids
+        self.ids[:, : self.prompt] = self.given = input_ids
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         self.copied = 0  # new tokens that `ids` has
         self.over = self.refused = False
@@ -59,7 +59,7 @@ class Generation:
 
     def decode(self, sampling: Sampling, model_kwargs: dict[str, Any]) -> None:
         """Prefill, first token, then launches until the criteria say stop."""
-        prompt = self.ids[:, : self.prompt]
+        prompt = self.given
         first = not getattr(self.config, "is_assistant", False)
         outputs = self.model._prefill(prompt, self.config, model_kwargs, is_first_iteration=first)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=prompt.device)
@@ -89,9 +89,7 @@ class Generation:
         with optimised():
             while not self.over:
                 before = self.length
-                inputs = self.model.prepare_inputs_for_generation(
-                    self._known(), next_sequence_length=1, **model_kwargs
-                )
+                inputs = self.model.prepare_inputs_for_generation(self._known(), next_sequence_length=1, **model_kwargs)
                 self._segment(forward, pace, inputs)
                 model_kwargs = self.model._update_model_kwargs_for_generation(
                     {}, model_kwargs, is_encoder_decoder=False, num_new_tokens=self.length - before
