@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import exceptions_allowed_to_be_fallback
+from torch._dynamo.utils import get_metrics_context
+from torch._guards import CompileContext
 
 from .by_size import BySize
 from .dump import Dump
@@ -42,6 +44,7 @@ def mpk(
     """
     settings = Settings.from_options(options)
     report = record(Report(fx_nodes=_size(gm)))
+    report.recompile, report.guard = _recompile()
     try:
         _refuse_training(example_inputs)
         with progress(report, settings.progress):
@@ -53,7 +56,7 @@ def mpk(
         why = Unsupported(f"the graph cannot be traced: {type(error).__name__}: {error}")
         return fall_back(gm, example_inputs, settings, report, why)
     except MpkError as error:
-        report.reason, report.origin = error.message, error.origin
+        report.blame(error)
         raise
 
 
@@ -129,6 +132,17 @@ def _compile_split(
     dump.report(report)
     _log.warning("%s", report.summary())
     return compiled
+
+
+def _recompile() -> tuple[int, str]:
+    """The how many-eth time Dynamo compiles the present code again, and the guard that failed; 0 for the first."""
+    number = getattr(CompileContext.current_compile_id(), "frame_compile_id", None) or 0
+    if not number:
+        return 0, ""
+    # Dynamo computes the reason for its own log in any case, and hands it out nowhere else
+    reason = getattr(get_metrics_context(), "_metrics", {}).get("recompile_reason") or "known (TORCH_LOGS=recompiles)"
+    text = reason.split("\n")[0].partition(": ")[2] or reason
+    return number, text.split("  #")[0].strip()
 
 
 def _size(gm: torch.fx.GraphModule) -> int:

@@ -16,6 +16,9 @@ class MpkError(Exception):
         super().__init__(" ".join(parts))
 
 
+ELSEWHERE = "the fallback runs it; for a place in the kernel, write it with operators that have one"
+
+
 class Unsupported(MpkError):
     """A part of the graph that cannot be captured. The only exception that leads to a (reported) fallback.
 
@@ -24,7 +27,7 @@ class Unsupported(MpkError):
     """
 
     def __init__(self, message: str, *, origin: str = "", remedy: str = "", passing: bool = False) -> None:
-        super().__init__(message, origin=origin, remedy=remedy)
+        super().__init__(message, origin=origin, remedy=remedy or ELSEWHERE)
         self.passing = passing
 
 

@@ -23,12 +23,12 @@ def fall_back(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, why: Unsupported
 ) -> Callable[..., Any]:
     """A callable with the graph's own semantics. Records and logs why; raises `why` with `fallback="error"`."""
-    report.reason, report.origin = why.message, why.origin
+    report.blame(why)
     if settings.fallback == "error":
         raise why
     choice = choice_of(settings, example_inputs)
     report.outcome = f"fallback to {choice}"
-    _log.warning("%s%s", report.summary(), f" -> {why.remedy}" if why.remedy else "")
+    _log.warning("%s", report.summary())
     if why.passing and choice == "inductor" and not has_symbols(gm, example_inputs):
         return Deferred(gm.forward, lambda *args: compile_outside(gm, args, "inductor", report))
     return compile_outside(gm, example_inputs, choice, report)

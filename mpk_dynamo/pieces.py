@@ -88,6 +88,7 @@ def compile_pieces(
     add_up(report, programs)
     report.left_out = {**made.left_out(), **report.left_out}
     report.small = made.small
+    report.remedies = made.remedies()
     report.outcome = f"{programs[0].outcome} and {choice}"
     end = Step(made.end.module.forward, tuple(slot[n] for n in made.end.inputs), (), (), ())
     return Pieces(steps, end, len(nodes) - len(example_inputs), report)

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .errors import MpkError
+
 
 @dataclass
 class Report:
@@ -41,6 +43,9 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str = ""  # why a fallback happened
     origin: str = ""  # where in the model
+    remedies: list[str] = field(default_factory=list)  # what to do about it, or about what is left out
+    recompile: int = 0  # the how many-eth time that Dynamo compiles this code anew
+    guard: str = ""  # what was other than in the calls that it was compiled for before
     programs: list["Report"] = field(default_factory=list)
     outside: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
@@ -61,22 +66,28 @@ class Report:
             self.current = around
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def blame(self, error: MpkError) -> None:
+        """Why there is no program, where, and what to do."""
+        self.reason, self.origin, self.remedies = error.message, error.origin, [error.remedy] if error.remedy else []
+
     @property
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
     def summary(self) -> str:
         """One line."""
+        todo = f" -> {'; '.join(self.remedies)}" if self.remedies else ""
+        again = f"; recompile {self.recompile} of this code by Dynamo, whose guard failed: {self.guard}" if self.recompile else ""
         if self.reason:
             where = f" at {self.origin}" if self.origin else ""
-            return f"{self.outcome or 'not compiled'}: {self.reason}{where}"
+            return f"{self.outcome or 'not compiled'}: {self.reason}{where}{todo}{again}"
         split = f"in {len(self.programs)} pieces, " if self.programs else ""
         outside = f"; {self.outside} nodes outside: " if self.left_out else ""
         outside += ", ".join(f"{why} ({n})" for why, n in self.left_out.items())
         return (
             f"{self.outcome or 'lowered'}: {split}{self.fx_nodes} graph nodes in, {self.graph_nodes} after fusion, "
             f"{self.tasks} tasks, {self.events} events, {self.flagged} flagged buffers, {self.workers} workers, "
-            f"{self.bytes / 1e6:.1f} MB per call, compiled in {self.total_seconds:.1f} s{outside}"
+            f"{self.bytes / 1e6:.1f} MB per call, compiled in {self.total_seconds:.1f} s{outside}{todo}{again}"
         )
 
     def detail(self) -> str:

@@ -32,6 +32,10 @@ ROUNDS = 8
 """How often a graph is cut anew before what is still refused is given up."""
 
 SYMBOLIC = "a size that changes from call to call"
+PER_CALL = (
+    "use a static cache and hand in position_ids, as generate() does; where the batch changes as well, compile with "
+    "dynamic=False"
+)
 
 
 @dataclass
@@ -71,6 +75,9 @@ class Split:
             counts[first.setdefault(why.message, f"{why.message} at {why.origin}" if why.origin else why.message)] += 1
         return dict(counts)
 
+    def remedies(self) -> list[str]:
+        return list(dict.fromkeys(why.remedy for why in self.refused.values()))
+
 
 def split(gm: fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump, *, symbols: bool) -> Split:
     """Cut `gm` so that most of it can be captured. `symbols`: whether sizes with symbols stay such, and what depends on
@@ -108,7 +115,8 @@ def _worst(found: "Survey", lines: list[str]) -> Unsupported:
     why = next(iter(found.refused.values()))
     if not lines:
         return why
-    return Unsupported(f"{why.message}; and the rest is too small: {lines[0]}", origin=why.origin, remedy=why.remedy)
+    text = f"{why.message}; the rest is not worth a launch: {lines[0]}"
+    return Unsupported(text, origin=why.origin, remedy=why.remedy)
 
 
 def survey_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> "Survey":
@@ -138,7 +146,7 @@ def _symbolic(node: fx.Node) -> Unsupported:
     from .capture.retrace import place_of
 
     name = getattr(node.target, "__name__", str(node.target))
-    return Unsupported(f"{name}: {SYMBOLIC}", origin=place_of(node), remedy="use a static cache")
+    return Unsupported(f"{name}: {SYMBOLIC}", origin=place_of(node), remedy=PER_CALL)
 
 
 def _not_worth(pieces: "Sequence[Piece]", k: int, found: "Survey") -> str:
@@ -155,9 +163,9 @@ def _not_worth(pieces: "Sequence[Piece]", k: int, found: "Survey") -> str:
     size = sum(found.bytes.get(n, 0) for n in piece.nodes)
     first = piece.nodes[0]
     modules = list(dict.fromkeys(m for n in piece.nodes if (m := module_path(n))))
-    where = place_of(first) or first.name if len(modules) < 2 else f"{modules[0]} to {modules[-1]}"
+    where = place_of(first) if len(modules) < 2 else f"{modules[0]} to {modules[-1]}"
     apart = ", and keeps two pieces outside apart" if joins else ""
-    return f"{len(piece.nodes)} nodes at {where}: one launch in place of {kernels}, {size / 1e6:.1f} MB{apart}"
+    return f"{len(piece.nodes)} node{'s' * (len(piece.nodes) > 1)} at {where}: one launch in place of {kernels}, {size / 1e6:.1f} MB{apart}"
 
 
 def _capture_parts(
@@ -216,7 +224,7 @@ def add_up(report: Report, parts: Sequence[Report]) -> None:
     report.programs = list(parts)
     for f in fields(Report):
         values = [getattr(p, f.name) for p in parts]
-        if f.name in ("fx_nodes", "calls", "workers", "programs", "outside", "left_out", "small"):
+        if f.name in ("fx_nodes", "calls", "workers", "programs", "outside", "left_out", "small", "recompile"):
             continue
         if isinstance(getattr(report, f.name), int):
             setattr(report, f.name, sum(values))

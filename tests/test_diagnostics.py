@@ -129,3 +129,20 @@ def test_a_refusal_names_operator_module_and_line() -> None:
         call(torch.eye(3))
         (report,) = mpk_dynamo.reports()
         assert "linalg_inv" in report.reason and report.origin.startswith("block (test_diagnostics.py:")
+        assert ", node linalg_inv)" in report.origin and "add_an_op" in report.remedies[0]
+        assert report.origin in report.summary() and report.remedies[0] in report.summary()
+
+
+def test_a_recompile_of_dynamo_is_counted_and_explained() -> None:
+    torch._dynamo.reset()
+    mpk_dynamo.clear_reports()
+
+    def model(x: torch.Tensor, scale: float) -> torch.Tensor:
+        return x * 2 if scale > 1 else x * 3
+
+    step = torch.compile(model, backend="mpk", dynamic=False)
+    for scale in (0.5, 2.5, 0.5):
+        assert torch.equal(step(torch.ones(3), scale), model(torch.ones(3), scale))
+    first, second = mpk_dynamo.reports()
+    assert (first.recompile, first.guard, second.recompile) == (0, "", 1) and "0.5" in second.guard
+    assert "recompile" not in first.summary() and second.guard in second.summary()

@@ -194,7 +194,7 @@ def test_nothing_worth_it_falls_back_whole() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), odd(x + 1) * 2)
     (report,) = mpk_dynamo.reports()
-    assert report.outcome == "fallback to eager" and "too small" in report.reason and not report.programs
+    assert report.outcome == "fallback to eager" and "not worth a launch" in report.reason and not report.programs
 
 
 def test_error_is_raised_where_a_split_is_not_wanted() -> None:

@@ -17,7 +17,7 @@ from ..ir.expr import Expr
 from ..ir.graph import Graph, Node, Output, RowMap, reads, writes
 from ..ir.types import Buffer, BufferKind, DType, buffer
 from . import anchors, attention, contraction, create, mutate, pointwise, reduce, views  # noqa: F401  (they fill the table of lowerings)
-from .registry import LOWERINGS, Call, bind, refusal
+from .registry import KNOWN_DTYPES, LOWERINGS, Call, bind, refusal
 from .retrace import Placeholder, Traced, held_tensors, module_path, retrace, source_line
 from .values import DTYPES, Memory, Shape, View, points, variables, whole
 
@@ -218,7 +218,7 @@ class Importer:
         if fake.dtype not in DTYPES:
             if not node.users:
                 return None
-            raise Unsupported(f"input {place.name} has dtype {fake.dtype}", origin=place.source)
+            raise Unsupported(f"input {place.name} has dtype {fake.dtype}", origin=place.source, remedy=KNOWN_DTYPES)
         return self.bound(place, fake, position)
 
     def bound(self, place: Placeholder, fake: torch.Tensor, position: int) -> View:
@@ -257,7 +257,9 @@ class Importer:
             return None
         lowering = LOWERINGS.get(call.op)
         if lowering is None or node.target.namespace != "aten":
-            raise call.refuse("this operator has no lowering")
+            raise call.refuse(
+                "this operator has no lowering", "the fallback runs it; examples/add_an_op.py gives an operator one"
+            )
         if _is_empty(node):  # nothing is computed, and nothing written
             return whole(Memory(call.name, call.dtype, call.shape, body=create.fill_value(0, call.dtype)))
         if call.op not in ("cat", "concat") and any(map(_is_empty, node.all_input_nodes)):

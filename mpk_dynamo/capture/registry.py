@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Lowering = Callable[["Importer", "Call"], Any]
 LOWERINGS: dict[str, Lowering] = {}
+KNOWN_DTYPES = f"the fallback runs it; the kernel computes in {', '.join(str(d)[6:] for d in DTYPES)}"
 
 
 def lowers(*names: str) -> Callable[[Lowering], Lowering]:
@@ -67,7 +68,7 @@ class Call:
 
     def dtype_of(self, value: torch.Tensor) -> DType:
         if value.dtype not in DTYPES:
-            raise self.refuse(f"its result has dtype {value.dtype}")
+            raise self.refuse(f"its result has dtype {value.dtype}", KNOWN_DTYPES)
         return DTYPES[value.dtype]
 
     def fake(self, position: int) -> torch.Tensor:
@@ -89,7 +90,7 @@ class Call:
 
 def refusal(node: fx.Node, why: str, remedy: str = "", *, passing: bool = False) -> Unsupported:
     """The error that says which operator cannot be captured, where in the model, and why."""
-    return Unsupported(f"{node.target}: {why}", origin=place_of(node) or node.name, remedy=remedy, passing=passing)
+    return Unsupported(f"{node.target}: {why}", origin=place_of(node), remedy=remedy, passing=passing)
 
 
 def bind(node: fx.Node, resolve: Callable[[Any], Any]) -> Call:

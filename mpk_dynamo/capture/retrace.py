@@ -117,9 +117,11 @@ def source_line(node: fx.Node) -> str:
 
 
 def place_of(node: fx.Node) -> str:
-    """Module path and source line of a node."""
-    line = source_line(node)
-    return " ".join(filter(None, (module_path(node), line and f"({line})")))
+    """`model.layers.0.mlp (modeling_qwen3.py:85, node linear_4)`: module path, source line, and name in Dynamo's graph
+    of a node."""
+    line = ", ".join(filter(None, (source_line(node), f"node {node.meta.get('dynamo', node).name}")))
+    path = module_path(node)
+    return f"{path} ({line})" if path else line
 
 
 # the module that was compiled, as Dynamo's wrappers see it: in its own forward, or handed to them as an argument
@@ -266,7 +268,11 @@ class _Interpreter(fx.Interpreter):
         self.recorder.current = n
         try:
             if isinstance(n.target, torch._ops.HigherOrderOperator):
-                raise Unsupported(f"the higher-order operator {n.target}", origin=place_of(n))
+                raise Unsupported(
+                    f"the higher-order operator {n.target}",
+                    origin=place_of(n),
+                    remedy="the fallback runs it; torch.where chooses between tensors inside the kernel",
+                )
             result = super().run_node(n)
         except Unsupported as why:
             if self.mode is None:

@@ -15,7 +15,7 @@ from ..ir.graph import Attention, Linear, Node, Output, RowMap
 from ..ir.types import BufferKind
 from . import contraction
 from .importer import Importer, live
-from .registry import refusal
+from .registry import KNOWN_DTYPES, refusal
 from .retrace import Placeholder, Traced, held_tensors, retrace
 from .values import DTYPES, View, points
 
@@ -89,7 +89,7 @@ class _Surveyor(Importer):
             for argument in node.all_input_nodes:
                 value = argument.meta["val"]
                 if isinstance(value, torch.Tensor) and value.dtype not in DTYPES:
-                    raise refusal(node, f"its input has dtype {value.dtype}")
+                    raise refusal(node, f"its input has dtype {value.dtype}", KNOWN_DTYPES)
             result = super().call(node)
         except Unsupported as why:
             self.found.refused.setdefault(place, why)

@@ -132,12 +132,13 @@ class LoopForward:
         except exceptions_allowed_to_be_fallback as error:
             why = Unsupported(f"the graph cannot be traced: {type(error).__name__}: {error}")
         except MpkError as error:
-            report.reason, report.origin = error.message, error.origin
+            report.blame(error)
             raise
         else:
             _log.info("%s", report.summary())
             return loop
-        report.reason, report.origin, report.outcome = why.message, why.origin, "no loop"
+        report.blame(why)
+        report.outcome = "no loop"
         return why
 
 

@@ -132,14 +132,14 @@ def _explain_split(
             raise why
         made = split(gm, example_inputs, report, dump, symbols=False)
     except Unsupported as reason:
-        report.reason, report.origin = reason.message, reason.origin
+        report.blame(reason)
         found.missing = _missing(gm, example_inputs)
         return
     for piece in made.captured:
         assert piece.captured is not None
         found.pieces.append(GraphExplanation(piece.report))
         explain_program(piece.captured, found.pieces[-1], piece.dump)
-    report.left_out, report.small = made.left_out(), made.small
+    report.left_out, report.small, report.remedies = made.left_out(), made.small, made.remedies()
     report.outcome = f"{len(made.captured)} of {len(made.pieces)} pieces are programs"
 
 
@@ -207,11 +207,13 @@ def _describe(graph: GraphExplanation, target: "Target") -> list[str]:
     rows = [("Dynamo's graph", f"{r.fx_nodes} calls")]
     if r.reason:
         rows += [("not captured", r.reason), ("place", r.origin or "unknown")]
+        rows += [("what to do", line) for line in r.remedies]
         if graph.missing:
             rows.append(("no lowering for", _counts(graph.missing)))
     elif graph.pieces:
         rows.append(("split", r.outcome))
         rows += [("outside", f"{n} nodes: {why}") for why, n in r.left_out.items()]
+        rows += [("what to do", line) for line in r.remedies]
         rows += [("not worth it", line) for line in r.small]
     else:
         rows += [
