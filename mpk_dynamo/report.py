@@ -77,7 +77,8 @@ class Report:
     def summary(self) -> str:
         """One line."""
         todo = f" -> {'; '.join(self.remedies)}" if self.remedies else ""
-        again = f"; recompile {self.recompile} of this code by Dynamo, whose guard failed: {self.guard}" if self.recompile else ""
+        again = f"; recompile {self.recompile} of this code by Dynamo, whose guard failed: {self.guard}"
+        again = again if self.recompile else ""
         if self.reason:
             where = f" at {self.origin}" if self.origin else ""
             return f"{self.outcome or 'not compiled'}: {self.reason}{where}{todo}{again}"

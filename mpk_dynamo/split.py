@@ -165,7 +165,8 @@ def _not_worth(pieces: "Sequence[Piece]", k: int, found: "Survey") -> str:
     modules = list(dict.fromkeys(m for n in piece.nodes if (m := module_path(n))))
     where = place_of(first) if len(modules) < 2 else f"{modules[0]} to {modules[-1]}"
     apart = ", and keeps two pieces outside apart" if joins else ""
-    return f"{len(piece.nodes)} node{'s' * (len(piece.nodes) > 1)} at {where}: one launch in place of {kernels}, {size / 1e6:.1f} MB{apart}"
+    nodes = f"{len(piece.nodes)} node{'s' * (len(piece.nodes) > 1)}"
+    return f"{nodes} at {where}: one launch in place of {kernels}, {size / 1e6:.1f} MB{apart}"
 
 
 def _capture_parts(
