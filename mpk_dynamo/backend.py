@@ -11,7 +11,7 @@ from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext
 
-from .by_size import BySize
+from .by_size import LIMIT, BySize
 from .dump import Dump
 from .errors import MpkError, Unsupported
 from .fallback import Deferred, fall_back
@@ -21,7 +21,7 @@ from .progress import progress
 from .report import Report, record
 from .repro import script
 from .settings import Settings
-from .specialize import appends, at_present, changes_per_call, has_symbols
+from .specialize import appends, at_present, changes_per_call, has_symbols, marked_sizes
 from .split import split
 
 _log = logging.getLogger("mpk_dynamo")
@@ -79,7 +79,12 @@ def compile_any(
     def further(gm: torch.fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         return _compile_further(gm, args, settings, record(Report(fx_nodes=report.fx_nodes)))
 
-    return BySize(gm, example_inputs, first, further)
+    made = BySize(gm, example_inputs, first, further)
+    others = marked_sizes(gm, example_inputs, LIMIT)
+    for number, inputs in enumerate(others, 2):
+        _log.info("program %d of %d, for each size that was marked", number, len(others) + 1)
+        made.make(inputs)
+    return made
 
 
 def _compile_further(

@@ -1,5 +1,6 @@
 """One callable for a graph with symbols, with a program for each of the sizes that come. Dynamo compiles such a graph
-once; a new size costs a program of its own when it is first met, and nothing is padded or masked for it."""
+once; a new size costs a program of its own when it is first met, or at once where the range of sizes is known, and
+nothing is padded or masked for it."""
 
 from __future__ import annotations
 
@@ -29,6 +30,10 @@ class BySize:
         self._gm, self._compile = gm, compile
         self._key = size_key(gm, example_inputs)
         self._made = {self._key(example_inputs): first}
+
+    def make(self, args: Sequence[Any]) -> None:
+        """The program for these sizes now, before a call comes with them."""
+        self._made.setdefault(self._key(args), self._make(args))
 
     def __call__(self, *args: Any) -> Any:
         key = self._key(args)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 NUMBERS = (*_SYMBOLIC, bool, int, float)
@@ -163,6 +164,47 @@ def size_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
         return (*values, *((*args[k].shape, *args[k].stride()) for k in tensors))
 
     return key
+
+
+def marked_sizes(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], most: int) -> list[list[Any]]:
+    """Inputs of every other size in the range that one symbol was marked with (`mark_dynamic(x, 0, min=2, max=16)`),
+    fake tensors where sizes differ from the present ones. Empty without such a symbol, with several, with more than
+    `most` sizes, and where another symbol has a part in the same size."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta.get("example_value") for n in placeholders]
+    found = {e.node.shape_env.replace(e.node.expr): e.node.shape_env for v in values for e in _symbols(v)}
+    ends = {}
+    for expression, env in found.items():
+        for symbol in expression.free_symbols:
+            limits = env.var_to_range[symbol]
+            if limits.upper.is_Integer:
+                ends[symbol] = int(limits.lower), int(limits.upper)
+    if len(ends) != 1:
+        return []
+    ((symbol, (low, high)),) = ends.items()
+    if high - low >= most or any(symbol in e.free_symbols and len(e.free_symbols) > 1 for e in found):
+        return []
+
+    def at(number: Any, size: int) -> Any:
+        if not isinstance(number, torch.SymInt):
+            return number
+        expression = number.node.shape_env.replace(number.node.expr)
+        return int(expression.subs(symbol, size)) if symbol in expression.free_symbols else hint(number)
+
+    def tensor(given: torch.Tensor, value: Any, size: int) -> torch.Tensor:
+        if not _symbols(value):
+            return given
+        shape, strides = ([at(x, size) for x in numbers] for numbers in (value.shape, value.stride()))
+        with mode:
+            return torch.empty_strided(shape, strides, dtype=given.dtype, device=given.device)
+
+    mode = FakeTensorMode()
+    present = next(k for k in range(low, high + 1) if all(at(e, k) == hint(e) for v in values for e in _symbols(v)))
+    return [
+        [tensor(x, v, k) if isinstance(x, torch.Tensor) else at(x, k) for x, v in zip(example_inputs, values)]
+        for k in range(low, high + 1)
+        if k != present
+    ]
 
 
 def hint(number: Any) -> Any:

@@ -53,12 +53,12 @@ def static(model: Any, batch: int, prompt: int = 3) -> StaticCache:
     return cache
 
 
-def step(model: Any, compiled: Any, batch: int, mark: bool = False) -> None:
+def step(model: Any, compiled: Any, batch: int, mark: bool = False, **limits: int) -> None:
     caches = [static(model, batch) for _ in range(2)]
     token = torch.full((batch, 1), 9)
     if mark:
         for tensor in (token, caches[0].layers[0].keys, caches[0].layers[0].values):
-            torch._dynamo.mark_dynamic(tensor, 0)
+            torch._dynamo.mark_dynamic(tensor, 0, **limits)
     with torch.no_grad():
         a, b = (f(token, past_key_values=c).logits for f, c in zip((compiled, model), caches))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -85,6 +85,28 @@ def test_marked_batches(model: Any) -> None:
     for batch in (5, 2, 3, 5):
         step(model, compiled, batch, mark=True)
     assert graphs() == 1 and [r.calls for r in mpk_dynamo.reports()] == [2, 1, 1]
+
+
+def test_a_marked_range_is_compiled_at_once(model: Any) -> None:
+    compiled = torch.compile(model, backend="mpk", fullgraph=True, options=STRICT)
+    step(model, compiled, 3, mark=True, min=2, max=5)
+    assert [r.calls for r in mpk_dynamo.reports()] == [1, 0, 0, 0]
+    for batch in (2, 5, 4, 3):
+        step(model, compiled, batch, mark=True, min=2, max=5)
+    assert graphs() == 1 and [r.calls for r in mpk_dynamo.reports()] == [2, 1, 1, 1]
+
+
+def test_a_marked_range_beside_numbers_and_views_of_it() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, ...]:
+        return x.reshape(-1) * x.shape[0], y.sum() + x.shape[0] * 2, x.shape[0] * 3
+
+    compiled = torch.compile(function, backend="mpk", fullgraph=True, options=STRICT)
+    for rows in (4, 2, 6):
+        x, y = torch.randn(rows, 3, 2).transpose(1, 2), torch.randn(7)
+        torch._dynamo.mark_dynamic(x, 0, min=2, max=6)
+        for ours, theirs in zip(compiled(x, y), function(x, y)):
+            torch.testing.assert_close(ours, theirs)
+    assert graphs() == 1 and len(mpk_dynamo.reports()) == 5
 
 
 def test_dynamic_batches(model: Any) -> None:
