@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("mpk_dynamo")
 _TYPE = "mpk_dynamo"
 _loaded: dict[str, bytes] = {}
+_lock = threading.Lock()
 
 
 def load_cache_artifacts(artifacts: bytes) -> "CacheInfo | None":
@@ -42,9 +44,14 @@ def record(key: str, entry: bytes) -> None:
         CacheArtifactManager.record_artifact(_TYPE, key, entry)
 
 
-@functools.cache
 def register() -> bool:
     """Whether torch knows the kernels' kind of artifact; tells it, the first time."""
+    with _lock:  # torch refuses to be told twice
+        return _register()
+
+
+@functools.cache
+def _register() -> bool:
     try:
         from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
 

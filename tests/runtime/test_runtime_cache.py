@@ -384,3 +384,16 @@ def test_a_torch_without_artifacts_of_others(stored, monkeypatch):
         assert not artifacts.register.__wrapped__()
     monkeypatch.setattr(artifacts, "register", lambda: False)
     assert stored[0].get(KEY)[0] == CUBIN
+
+
+def test_threads_may_use_it_first_at_the_same_time(tmp_path):
+    """Each tells torch of the kernels' kind of artifact, which torch takes once."""
+    code = (
+        "import sys\nfrom concurrent.futures import ThreadPoolExecutor\nfrom threading import Barrier\n"
+        "import torch.compiler._cache\nfrom mpk_dynamo.runtime import artifacts\n"
+        "sys.setswitchinterval(1e-6)\nstart = Barrier(8)\n"
+        "def first(n):\n    start.wait()\n    artifacts.record(str(n), b'x')\n"
+        "list(ThreadPoolExecutor(8).map(first, range(8)))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
