@@ -381,7 +381,7 @@ def test_a_torch_without_artifacts_of_others(stored, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.compiler._cache", None)
-        assert not artifacts.register.__wrapped__()
+        assert not artifacts._register.__wrapped__()
     monkeypatch.setattr(artifacts, "register", lambda: False)
     assert stored[0].get(KEY)[0] == CUBIN
 
