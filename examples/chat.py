@@ -90,7 +90,8 @@ def main() -> None:
     if how["do_sample"]:
         how["temperature"] = arguments.temperature
     tokens = arguments.tokens or (256 if on_gpu else 32)
-    chat = Chat(model, tokenizer, arguments.capacity or (4096 if on_gpu else 192), **how)
+    capacity = arguments.capacity or (4096 if on_gpu else 192)
+    chat = Chat(model, tokenizer, capacity, **how)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -101,6 +102,9 @@ def main() -> None:
         begin = time.perf_counter()
         try:
             count = chat.say(text, tokens)
+        except mpk_dynamo.OptionError as error:
+            print(f"({error})", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             chat.restart()  # where the answer broke off, the cache holds tokens that the chat does not know
             print("\n(interrupted: the chat starts again)", file=sys.stderr)

@@ -104,6 +104,9 @@ def test_bench_on_cpu_compares_but_claims_no_times(capsys: pytest.CaptureFixture
         (["generate", "--model", "qwen3-0.6b", "--prompt", "a"], "give a local folder"),
         (["generate", "--model", TINY, "--prompt", "a", "b", "--stream", "--device", "cpu"], "one prompt at a time"),
         (["generate", "--model", TINY, "--prompt", "a", "--temperature", "0", "--device", "cpu"], "greedy decoding"),
+        (["generate", "--model", TINY, "--prompt", "a", "--top-p", "1.5", "--device", "cpu"], "top_p is 1.5"),
+        (["generate", "--model", TINY, "--prompt", "a", "--top-k", "-1", "--device", "cpu"], "top_k is -1"),
+        (["generate", "--model", TINY, "--prompt", "a", "--steps", "-1", "--device", "cpu"], "--steps is -1"),
     ],
 )
 def test_mistakes_end_with_status_2_and_a_remedy(arguments: list[str], wanted: str, capsys: pytest.CaptureFixture[str]):

@@ -12,6 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from ..errors import OptionError
+from ..loop import Sampling
 from ..opt_in import enable
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise OptionError(f"--max-new-tokens is {arguments.max_new_tokens}", remedy="give at least 1")
     if arguments.temperature is not None and arguments.temperature <= 0:
         raise OptionError(f"--temperature is {arguments.temperature}", remedy="leave it out for greedy decoding")
+    try:
+        numbers = {n: getattr(arguments, n) for n in (*SAMPLING, "repetition_penalty")}
+        Sampling(do_sample=True, **{n: v for n, v in numbers.items() if v is not None})
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    for name in ("max_cache", "steps"):
+        if getattr(arguments, name) < 0:
+            raise OptionError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}", remedy="give 0 or more")
 
 
 def _how(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
