@@ -17,6 +17,7 @@ from transformers import (
     CompileConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
 )
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
@@ -298,8 +299,15 @@ def test_another_backend_s_options_are_not_ours_to_check(pair: Any, launched: li
 @pytest.mark.slow
 def test_repetition_penalty_counts_prompt_and_new_tokens(pair: Any):
     ours, theirs = pair
-    how = {**prompts(2), **GREEDY, "max_new_tokens": 10, "repetition_penalty": 1.7}
-    assert_equal(ours.generate(**how, compile_config=with_steps(4)), theirs.generate(**how))
+    free = theirs.generate(**prompts(2), **GREEDY, max_new_tokens=10).sequences
+    given = {"input_ids": free, "attention_mask": torch.ones_like(free)}  # what it would say again is in the prompt
+    how = {**given, **GREEDY, "max_new_tokens": 10}
+    expected = theirs.generate(**how, repetition_penalty=1.7)
+    new_alone = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=free.shape[1])])
+    ignoring = theirs.generate(**how, logits_processor=new_alone)
+    assert not torch.equal(expected.sequences, ignoring.sequences), "the prompt makes no difference"
+    assert_equal(ours.generate(**how, repetition_penalty=1.7, compile_config=with_steps(4)), expected)
+    assert_equal(ours.generate(**how, logits_processor=new_alone, compile_config=with_steps(4)), ignoring)
 
 
 def test_sampling_follows_the_seed_and_nothing_else(pair: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from frequencies import ROWS, VOCABULARY, check_frequencies, choice
 from harness import DEVICE, ON_GPU, Step, emit, gpu, kernel_only, lower, target
 from loops import PROMPT, Decoding, model_of
 
@@ -12,9 +13,7 @@ from mpk_dynamo import abi
 from mpk_dynamo.errors import DeviceFault
 from mpk_dynamo.ir.types import DType
 from mpk_dynamo.loop import Sampling
-from mpk_dynamo.ops.choice import Choice
 from mpk_dynamo.ops.draw import draw
-from mpk_dynamo.ops.sampling import Sample
 from mpk_dynamo.runtime import build
 from mpk_dynamo.verify.tables import decode
 
@@ -123,18 +122,23 @@ def scores(kind: str, rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor
     return x.to(dtype)
 
 
+def step_of(graph, cache_dir) -> Step:
+    made = lower(graph, target().sm_count)
+    program = emit(made) if ON_GPU else None
+    return Step(made, build(program, target(), cache_dir=cache_dir) if ON_GPU else None, program)
+
+
+@pytest.mark.parametrize("stages", [(), ("top_k", "top_p"), ("min_p",)], ids=" ".join)
+def test_frequencies_are_the_probabilities_of_torch(stages, cache_dir):
+    run = step_of(choice(ROWS, VOCABULARY, DType.F32, *stages)[1], cache_dir)
+    check_frequencies(run, stages, DEVICE)
+
+
 @pytest.mark.parametrize("stages", ["", "top_k", "top_p", "min_p", "top_k top_p", "top_k top_p min_p"])
 @pytest.mark.parametrize("vocab, dtype", [(151936, DType.F32), (50257, DType.BF16), (300, DType.F32)])
 def test_the_drawn_tokens_are_those_of_the_definition(stages, vocab, dtype, cache_dir):
     rows, names = 16, tuple(stages.split())
-    s = Sample()
-    x, numbers = s.input("x", dtype, rows, vocab), s.input("numbers", DType.F64, 5)
-    key, step = s.input("key", DType.I64, 1), s.input("step", DType.I64)
-    sequence, out = s.input("sequences", DType.I64, rows), s.output("out", DType.I64, rows)
-    node, graph = s.graph(Choice("choice", x, numbers, key, step, sequence, out, **dict.fromkeys(names, True)))
-    made = lower(graph, target().sm_count)
-    program = emit(made) if ON_GPU else None
-    run = Step(made, build(program, target(), cache_dir=cache_dir) if ON_GPU else None, program)
+    run = step_of(choice(rows, vocab, dtype, *names)[1], cache_dir)
     torch_dtype = {DType.F32: torch.float32, DType.BF16: torch.bfloat16}[dtype]
     sequences = torch.arange(rows) * 977 + (1 << 40)
     for kind, top_k, top_p, min_p in (

@@ -4,9 +4,11 @@ random numbers that are named and not counted."""
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
+from frequencies import ROWS, VOCABULARY, check_counts, check_frequencies, choice
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -15,10 +17,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mpk_dynamo import pipeline
+from mpk_dynamo.dump import Dump
+from mpk_dynamo.ir.types import DType
 from mpk_dynamo.loop import LoopState, Sampling
 from mpk_dynamo.ops import draw as d
+from mpk_dynamo.passes import graph as passes
+from mpk_dynamo.reference import Executor
+from mpk_dynamo.report import Report
+from mpk_dynamo.targets import reference_target
 
 VOCAB = 200
+slow = pytest.mark.slow
 
 
 def rows(seed: int, count: int = 8, vocab: int = VOCAB, spread: float = 2.0) -> torch.Tensor:
@@ -126,14 +136,18 @@ def test_frequencies_are_the_probabilities(s):
     want = hf_probabilities(
         logits, torch.zeros(1, 0, dtype=torch.long), Sampling(**{**vars(s), "repetition_penalty": 1.0})
     )
-    want = want[0] * draws
-    assert found[want == 0].sum() == 0
-    present = want > 0
-    chi2 = ((found - want)[present] ** 2 / want[present]).sum().item()
-    freedom = int(present.sum()) - 1
-    # the Wilson-Hilferty approximation of the 0.999 quantile
-    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert chi2 < bound, (chi2, bound)
+    check_counts(found, want[0] * draws)
+
+
+@pytest.mark.parametrize(
+    "stages", [pytest.param((), marks=slow), ("top_k", "top_p"), pytest.param(("min_p",), marks=slow)], ids=" ".join
+)
+def test_frequencies_on_the_executor_are_the_probabilities(stages):
+    _, graph = choice(ROWS, VOCABULARY, DType.F32, *stages)
+    with mock.patch.object(passes, "PASSES", ()):
+        report = Report()
+        made = pipeline.lower(graph, 4, reference_target(4), report, Dump("", None, report))
+    check_frequencies(Executor(made, poison=True), stages, "cpu")
 
 
 def test_a_sequence_draws_the_same_at_every_place_of_a_batch():
