@@ -48,7 +48,7 @@ def test_any_call() -> None:
     ours = mpk_dynamo.enable(model_of(DEVICE), max_cache_len=CAPACITY)
     came: Counter[str] = Counter()
 
-    @settings(max_examples=80, **common)
+    @settings(max_examples=40, **common)
     @given(cases)
     def run(case: tuple) -> None:
         came[check(case, plain, ours, {})] += 1
