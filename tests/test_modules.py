@@ -144,6 +144,24 @@ def test_encoder(device: str, implementation: str, dtype: torch.dtype) -> None:
     programs(device)
 
 
+@pytest.mark.parametrize("masks", ["none", "source", "padding", "both"])
+@pytest.mark.parametrize(("norm_first", "activation"), [(True, "gelu"), (False, "relu")])
+def test_encoder_of_pytorch(device: str, masks: str, norm_first: bool, activation: str) -> None:
+    """torch.nn's own, which hands a whole layer to one operator."""
+    torch.manual_seed(0)
+    module = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first, activation=activation)
+    module.to(device).eval()
+    x, given = torch.randn(2, 7, 64, device=device), {}
+    if masks in ("source", "both"):
+        given["src_mask"] = torch.ones(7, 7, dtype=torch.bool, device=device).triu(1)
+    if masks in ("padding", "both"):
+        given["src_key_padding_mask"] = torch.arange(7, device=device) >= torch.tensor([[7], [5]], device=device)
+    compiled = torch.compile(module, backend="mpk", options=STRICT)
+    with torch.no_grad():
+        assert_near(compiled(x, **given), module(x, **given))
+    assert programs(device) == 1
+
+
 def test_a_few_tokens_into_a_static_cache(device: str) -> None:
     """A short prompt, or the check of drafted tokens: a causal mask among the new tokens, and rows of the cache."""
     model = build("llama", torch.float32, device=device)

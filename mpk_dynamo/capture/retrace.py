@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKey
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import Unsupported
+from .encoder import MADE_OF
 
 STATIC_ONLY = "only static shapes are captured; compile with dynamic=False and use a static cache"
 
@@ -287,7 +288,7 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch._C._set_grad_enabled:
             return None  # gradients stay off while recording
-        return super().call_function(target, args, kwargs)
+        return super().call_function(MADE_OF.get(target, target), args, kwargs)
 
 
 def _left_out(*_tensors: Any) -> Any:
