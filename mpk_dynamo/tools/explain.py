@@ -174,7 +174,7 @@ def _masks(tg: "TaskGraph") -> list[str]:
         size, kind = sum(t.bytes for t in finding), attentions[0].mask.dtype.value  # type: ignore[union-attr]
         out.append(
             f"{kind}, shared by {len(attentions)} attentions of {attentions[0].s.size} keys: {len(finding)} tasks find "
-            f"the live keys once per call ({size / 1e3:.1f} kB), and keys outside their range are not read"
+            f"the live keys once per call ({size} bytes); keys outside their range are not read, holes inside it are"
         )
     if unknown:
         out.append(f"{unknown} attentions apply one to every key, without a range of live ones")
