@@ -32,10 +32,7 @@ ROUNDS = 8
 """How often a graph is cut anew before what is still refused is given up."""
 
 SYMBOLIC = "a size that changes from call to call"
-PER_CALL = (
-    "use a static cache and hand in position_ids, as generate() does; where the batch changes as well, compile with "
-    "dynamic=False"
-)
+PER_CALL = "use a static cache and hand in position_ids, as generate() does"
 
 
 @dataclass
