@@ -37,6 +37,7 @@ template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
   alignas(128) char slot[SLOTS][SLOT_BYTES];
   u64 full[SLOTS], empty[SLOTS];
+  static constexpr u32 BYTES = SLOT_BYTES, FULL = SLOTS * BYTES, EMPTY = FULL + SLOTS * 8;  // where they are
   Hint waiting;  // the consumers have nothing to do but wait for an event
 
   MPK_DEVICE void init() {
@@ -86,7 +87,9 @@ struct RingReader {
   R& ring;
   Health& health;
   Cursor<SLOTS> at;
-  MPK_DEVICE RingReader(R& r, Health& h, Cursor<SLOTS> c) : ring(r), health(h), at(c) {}
+  ptx::Address base;
+  MPK_DEVICE RingReader(R& r, Health& h, Cursor<SLOTS> c)
+      : ring(r), health(h), at(c), base(ptx::opaque(ptx::shared_address(&r))) {}
   MPK_DEVICE const char* wait() { return wait(at); }
   MPK_DEVICE const char* bytes() const { return ring.slot[at.index]; }
   // Whether the slot is there, without waiting. The answer takes 0.1 us: ask early.
@@ -95,10 +98,40 @@ struct RingReader {
     while (!ptx::mbarrier_test(&ring.full[which.index], which.phase) && !health.aborted) {}
     return ring.slot[which.index];
   }
-  MPK_DEVICE void release(int slots = 1) {
+  MPK_DEVICE void release() {
     __syncwarp();
-    for (int i = 0; i < slots; ++i, at.next())
-      if (arrives()) ptx::mbarrier_arrive(&ring.empty[at.index]);
+    if (arrives()) ptx::mbarrier_arrive(&ring.empty[at.index]);
+    at.next();
+  }
+  // Several slots that are consumed together, MOST at most: whether the first `count` are there, waiting for them, and
+  // handing them back.
+  template <int MOST> MPK_DEVICE bool look(int count = MOST) const {
+    bool all = true;
+    auto which = at;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i, which.next())
+      if (i < count) all = ptx::mbarrier_look(base + R::FULL + which.index * 8, which.phase) && all;
+    return all;
+  }
+  template <int MOST> MPK_DEVICE void await(int count) const {
+    auto which = at;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i, which.next())
+      while (!ptx::mbarrier_test(base + R::FULL + which.index * 8, which.phase) && !health.aborted) {}
+  }
+  template <int MOST> MPK_DEVICE void release(int count) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < MOST; ++i)
+      if (i < count) {
+        if (arrives()) ptx::mbarrier_arrive(base + R::EMPTY + at.index * 8);
+        at.next();
+      }
+  }
+  // Address of the slot `ahead` of the next one.
+  MPK_DEVICE ptx::Address address(u32 ahead) const {
+    const u32 i = at.index + ahead;
+    return base + (i < SLOTS ? i : i - SLOTS) * R::BYTES;
   }
 };
 

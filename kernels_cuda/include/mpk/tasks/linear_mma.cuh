@@ -1,13 +1,19 @@
-// linear for 2 to 16 tokens on tensor cores (mma.sync m16n8k16): tokens are M, 8 weight rows (a tile) are N.
+// linear for 2 to 16 tokens on tensor cores (mma.sync m16n8k16), a tile of 8 weight rows at a time.
+//
+// More than 8 tokens are M and the weight rows N. Up to 8 are N, and 16 bytes of a weight row, as a lane loads them, the
+// four registers of A: their first and third word stand for row g of M, the second and fourth for row g + 8. So two
+// products, each with the tokens' words for one of the rows; the sums of the other are not used. Nothing is moved or
+// zeroed for either.
 //
 // A slot holds SLOT_ROWS rows, each CHUNK columns long, one after the other: whole rows, which are then one contiguous
 // copy, or pieces of rows too long for x to stay in registers. Every warp passes every slot and owns some of its columns
 // (mma_input.cuh). The 8 lanes that a 16-byte shared load serves together read 64 bytes of two rows; where rows are a
 // multiple of 128 bytes apart, odd rows read their other 64 bytes first, so that the two never share a bank.
 //
-// The order of slots is chunk, tile, joint weight. Sums of a tile leave the registers with the chunk: each warp keeps its
-// own in shared memory, so that one loop passes all tiles (its code once for each tile would not stay in the instruction
-// cache). They meet there in a fixed order at the end of a block.
+// The order of slots is chunk, tile, joint weight. A tile goes to registers while the one before is multiplied, its slots
+// are free at once, and their barriers have been looked at a tile before that. Sums of a tile leave the registers with the
+// chunk: each warp keeps its own in shared memory, so that one loop passes all tiles (its code once for each tile would not
+// stay in the instruction cache). They meet there in a fixed order at the end of a block.
 //
 // N: as in linear.cuh but for the prologue (mma_input.cuh); SLOT_ROWS, CHUNK.
 #pragma once
@@ -26,12 +32,18 @@ struct MmaShape {
   static constexpr int TILES = 8 / Input::HALVES / N::JOINT;  // of a block: 16 KiB of sums
   static constexpr int BLOCK_ROWS = TILES * TILE;
   static constexpr int ENTRY = Input::HALVES * 8 * TILE;     // sums of a tile, of a warp
-  static constexpr int PITCH = WARPS * ENTRY + 8 / N::JOINT;  // padded: neighbouring tiles in other banks
+  static constexpr int PITCH = WARPS * ENTRY + (Input::HALVES == 2 ? 8 / N::JOINT : 2);  // neighbours in other banks
   static constexpr int SUMS = TILES * N::JOINT * PITCH * 4;
   static constexpr int SCRATCH = SUMS + Input::SCRATCH;
   static constexpr int OWN = (BLOCK_ROWS * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
   static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
 };
+
+// Where a warp's sums of a tile are, as MmaTiles leaves them.
+template <class N>
+MPK_DEVICE int place_in_entry(int row, int t) {
+  return MmaInput<N>::HALVES == 2 ? t * static_cast<int>(kTileRows) + row : row * 8 + t;
+}
 
 // The output elements that this thread owns of a block: visit(u, row of the block, token), rows next to each other.
 template <class N, class F>
@@ -45,107 +57,136 @@ MPK_DEVICE void each_owned(int rows, F&& visit) {
   }
 }
 
-// x times one tile of a weight, of which `m` rows exist, into sums (added to what is there if `more`).
+// The tiles of a task, of which this thread holds its vectors of one.
 template <class N, class Ctx>
-MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, float2* sums, bool more) {
+struct MmaTiles {
   using S = MmaShape<N>;
   using I = MmaInput<N>;
-  const int g = x.lane / 4;
-  const int parts = min(S::PARTS, (m + N::SLOT_ROWS - 1) / N::SLOT_ROWS);
-  const char* mine = nullptr;
-  auto ahead = c.ring.at;
-#pragma unroll
-  for (int p = 0; p < S::PARTS; ++p)
-    if (p < parts) {
-      const char* slot = c.ring.wait(ahead);
-      if (p == 0 || g / N::SLOT_ROWS >= p) mine = slot;  // lanes without a row read the last slot there is
-      ahead.next();
-    }
-  const bool swap = S::SWAP && (g & 1);
-  mine += g % N::SLOT_ROWS * S::STRIDE + x.first * 2;
-  float acc[4][4];  // chains of products: each waits for its own last one only
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[i][e] = 0.0f;
-  constexpr int AHEAD = I::GROUPS < 4 ? I::GROUPS : 4;  // groups loaded ahead of their products
-  ptx::Vec4 w[AHEAD][2];
-  const auto load = [&](int i) {
+  Ctx& c;
+  const I& x;
+  const bool swap;
+  ptx::Vec4 w[I::GROUPS][2];
+  ptx::Address at;   // where this lane reads the tile that is loaded
+  int columns;       // of that tile
+  bool full = false;  // the tile after it is there
+  MPK_DEVICE MmaTiles(Ctx& context, const I& input) : c(context), x(input), swap(S::SWAP && (input.lane / 4 & 1)) {}
+
+  MPK_DEVICE static int slots(int rows) { return min(S::PARTS, (rows + N::SLOT_ROWS - 1) / N::SLOT_ROWS); }
+  // Waits for a tile of a chunk of `width` columns, whose first row is followed by `rows` - 1 more.
+  MPK_DEVICE void await(int rows, int width) {
+    const int parts = slots(rows), g = x.lane / 4;
+    if (!full) c.ring.template await<S::PARTS>(parts);
+    columns = width;  // lanes without a row read the last slot there is
+    at = c.ring.address(min(g / N::SLOT_ROWS, parts - 1)) + g % N::SLOT_ROWS * S::STRIDE + x.first * 2;
+  }
+  MPK_DEVICE void load(int i) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const int half = swap ? 1 - s : s;
-      w[i % AHEAD][s] = {0, 0, 0, 0};  // stale bytes of a slot must not meet x = 0: they may be infinite
-      if (I::WHOLE || x.at(i, half) < columns) w[i % AHEAD][s] = ptx::load_shared(mine + i * 128 * S::WARPS + half * 64);
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < AHEAD; ++i) load(i);
-#pragma unroll
-  for (int i = 0; i < I::GROUPS; ++i) {
-    const ptx::Vec4 b[2] = {swap ? w[i % AHEAD][1] : w[i % AHEAD][0], swap ? w[i % AHEAD][0] : w[i % AHEAD][1]};
-    if (i + AHEAD < I::GROUPS) load(i + AHEAD);
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const auto a = [&](int h, int e) { return h < I::HALVES ? x.word[i][s][h < I::HALVES ? h : 0][e] : 0u; };
-      ptx::mma16816<N::HALF>(acc[2 * s], a(0, 0), a(1, 0), a(0, 1), a(1, 1), b[s].x, b[s].y);
-      ptx::mma16816<N::HALF>(acc[2 * s + 1], a(0, 2), a(1, 2), a(0, 3), a(1, 3), b[s].z, b[s].w);
+      const ptx::Address from = at + i * 128 * S::WARPS + half * 64;
+      if (I::WHOLE) w[i][s] = ptx::load_shared(from);
+      else w[i][s] = x.at(i, half) < columns ? ptx::load_shared(from) : ptx::Vec4{0, 0, 0, 0};  // stale bytes may be infinite
     }
   }
-  c.ring.release(parts);
-#pragma unroll
-  for (int h = 0; h < I::HALVES; ++h) {
-    const auto sum = [&](int e) { return (acc[0][e] + acc[1][e]) + (acc[2][e] + acc[3][e]); };
-    const float2 old = more ? sums[32 * h] : float2{0.0f, 0.0f};
-    sums[32 * h] = {old.x + sum(2 * h), old.y + sum(2 * h + 1)};
+  MPK_DEVICE void loaded(int rows) {
+    c.ring.template release<S::PARTS>(slots(rows));
+    full = c.ring.template look<S::PARTS>();
   }
-}
+  MPK_DEVICE void first(int rows, int width) {
+    await(rows, width);
+#pragma unroll
+    for (int i = 0; i < I::GROUPS; ++i) load(i);
+    loaded(rows);
+  }
+  // x times the tile that is loaded, into the warp's sums of it (added to what is there if `more`). The tile that has been
+  // awaited, of `next` rows, takes its place; without one (`next` is 0) what is loaded again is not used.
+  MPK_DEVICE void multiply(float2* sums, bool more, int next) {
+    float acc[4][4];  // chains of products: each waits for its own last one only
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[i][e] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < I::GROUPS; ++i) {
+      const ptx::Vec4 b[2] = {swap ? w[i][1] : w[i][0], swap ? w[i][0] : w[i][1]};
+      load(i);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const auto& v = x.word[i][s];
+        if constexpr (I::HALVES == 2) {
+          ptx::mma16816<N::HALF>(acc[2 * s], v[0][0], v[1][0], v[0][1], v[1][1], b[s].x, b[s].y);
+          ptx::mma16816<N::HALF>(acc[2 * s + 1], v[0][2], v[1][2], v[0][3], v[1][3], b[s].z, b[s].w);
+        } else {
+          ptx::mma16816<N::HALF>(acc[2 * s], b[s].x, b[s].y, b[s].z, b[s].w, v[0][0], v[0][2]);
+          ptx::mma16816<N::HALF>(acc[2 * s + 1], b[s].x, b[s].y, b[s].z, b[s].w, v[0][1], v[0][3]);
+        }
+      }
+    }
+    if (next) loaded(next);
+#pragma unroll
+    for (int h = 0; h < I::HALVES; ++h) {
+      const auto sum = [&](int e) {
+        const int odd = I::HALVES == 2 ? 2 * h + e : 2 + e;
+        return (acc[0][2 * h + e] + acc[2][2 * h + e]) + (acc[1][odd] + acc[3][odd]);
+      };
+      const float2 old = more ? sums[32 * h] : float2{0.0f, 0.0f};
+      sums[32 * h] = {old.x + sum(0), old.y + sum(1)};
+    }
+  }
+};
 
 template <class N, class Ctx>
 MPK_DEVICE void linear_mma(Ctx& c) {
   using S = MmaShape<N>;
   using I = MmaInput<N>;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, segments = c.arg(7);
   float* scratch = reinterpret_cast<float*>(c.scratch());
   I x(c.scratch() + S::SUMS);
   if (I::CHUNKS == 1) x.load_columns(c, 0);
   if (!c.wait()) return;
+  MmaTiles<N, Ctx> tiles(c, x);
   if (I::CHUNKS == 1) {
     x.load(c, 0, true);
     c.streaming();
   }
-  const int segments = c.arg(7);
+  tiles.first(c.ready->segment[0].rows, I::width(0));
+#pragma unroll 1
   for (int s = 0; s < segments; ++s) {
     const Segment seg = c.ready->segment[s];
     const int joint = N::joint(seg.part);
+#pragma unroll 1
     for (u32 block = 0; block < seg.rows; block += S::BLOCK_ROWS) {
-      const int rows = min(static_cast<u32>(S::BLOCK_ROWS), seg.rows - block);
+      const int left = static_cast<int>(seg.rows - block), rows = min(S::BLOCK_ROWS, left);
       const u32 base = seg.row + block;
+      const int after = left > rows ? left - rows : s + 1 < segments ? static_cast<int>(c.ready->segment[s + 1].rows) : 0;
       u32 kept[S::OWN][N::HOLD];
       each_owned<N>(rows, [&](int u, int row, int t) { N::hold(c, seg.part, t, base + row, kept[u]); });
       if (s || block) c.barrier();  // the sums of the block before have been read
-      const bool end = s == segments - 1 && block + S::BLOCK_ROWS >= seg.rows;
+      const int count = (rows + S::TILE - 1) / S::TILE * joint;
 #pragma unroll 1
       for (int chunk = 0; chunk < I::CHUNKS; ++chunk) {
         if (I::CHUNKS > 1) {
-          const bool early = s == 0 && block == 0 && chunk == 0;
+          const bool early = s == 0 && block == 0 && chunk == 0, last = chunk + 1 == I::CHUNKS;
           x.load(c, chunk, early);
           if (early) c.streaming();
+          if (!last || after) x.prefetch(c, last ? 0 : chunk + 1);
         }
-        const int columns = I::width(chunk);
         float* to = scratch + warp * S::ENTRY;
 #pragma unroll 1
-        for (int first = 0; first < rows; first += S::TILE)
-#pragma unroll 1
-          for (int j = 0; j < N::JOINT; ++j, to += S::PITCH)
-            if (j < joint) multiply_tile<N>(c, x, rows - first, columns, reinterpret_cast<float2*>(to) + x.lane, chunk > 0);
+        for (int tile = 1; tile <= count; ++tile, to += S::PITCH) {
+          const bool within = tile < count, over = chunk + 1 == I::CHUNKS;
+          const int next = within ? rows - tile / joint * S::TILE : over ? after : rows;
+          if (next) tiles.await(next, I::width(within ? chunk : over ? 0 : chunk + 1));
+          tiles.multiply(reinterpret_cast<float2*>(to) + x.lane, chunk > 0, next);
+        }
       }
-      if (end) c.last_slot_consumed();
+      if (!after) c.last_slot_consumed();
       c.barrier();
       each_owned<N>(rows, [&](int u, int row, int t) {
         float y[N::JOINT];
 #pragma unroll
         for (int j = 0; j < N::JOINT; ++j) {
-          const float* from = scratch + (row / S::TILE * N::JOINT + j) * S::PITCH + t * S::TILE + row % S::TILE;
+          const float* from = scratch + (row / S::TILE * joint + j) * S::PITCH + place_in_entry<N>(row % S::TILE, t);
           y[j] = 0.0f;
           if (j < joint)
 #pragma unroll

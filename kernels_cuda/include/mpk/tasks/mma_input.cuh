@@ -5,6 +5,10 @@
 // tokens and of its weight row alike: a permutation of k that both operands share, so that every operand is one
 // 16-byte load.
 //
+// Where what is read of 8 columns of a token is one vector (ONE), it lies in the registers of the fragment that becomes of
+// it. The prologue then takes one group at a time and moves the others up, in a loop: straight-line code for all of them
+// is longer than the instruction cache has room for.
+//
 // N (generated): Column: what the prologue reads that depends on k alone and that nothing writes (weights of norms);
 // Row: the rest of what it reads 8 columns at a time; load_column, load_row, poll_row (loads again what is flagged and
 // was missing, false if so); FLAGGED: whether poll_row does anything; PLAIN: x is Row's one vector as it is in memory;
@@ -26,7 +30,11 @@ struct MmaInput {
   // Pollers that load all they miss again and again slow down what they wait for: with many tokens they first wait for
   // one vector of theirs.
   static constexpr bool SCOUT = N::FLAGGED && N::T > 2;
-  using Rows = typename N::Row[GROUPS][2][HALVES];
+  using Row = typename N::Row;
+  using Rows = Row[GROUPS][2][HALVES];
+  static constexpr bool ONE = sizeof(Row) == 16;
+  // Rows of the next chunk are under way while this one is multiplied.
+  static constexpr bool PREFETCH = CHUNKS > 1 && ONE;
   // The tokens share columns, so each lane loads some, and the warp reads them from shared memory.
   static constexpr bool COLUMNS = !__is_empty(Column);
   static constexpr int LANE_COLUMNS = (GROUPS * 2 + 7) / 8;
@@ -35,7 +43,9 @@ struct MmaInput {
   static constexpr int SCRATCH = COLUMN_BYTES + SUM_BYTES;
   static_assert(N::REDUCTIONS == 0 || CHUNKS == 1, "what is reduced must be held as a whole");
 
-  u32 word[GROUPS][2][HALVES][4];
+  using Words = u32[GROUPS][2][HALVES][4];
+  Words word;
+  Words ahead;  // of the next chunk
   Column own[LANE_COLUMNS];
   Column* columns;  // of this warp and lane: [GROUPS][2], 4 apart
   float* sums;
@@ -86,19 +96,30 @@ struct MmaInput {
     else return {};
   }
 
-  // Starts to load the rows of a chunk; `early`: before it is known that some have been written.
-  template <int FROM, int TO, class Ctx> MPK_DEVICE void load_rows(Ctx& c, int chunk, bool early, Rows& row) const {
-    if constexpr (SCOUT) {
-      if (early && (WHOLE || first < width(chunk))) {
-        typename N::Row scout;
-        const int t = min(lane / 4 + FROM * 8, N::T - 1), k = chunk * N::CHUNK + first;
-        N::load_row(c, t, k, scout);
-        poll_until(c, [&] { return N::poll_row(c, t, k, scout); });
-      }
-    }
-    each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int k) { N::load_row(c, t, k, row[i][s][h]); });
+  MPK_DEVICE static Row row_of(const u32 (&w)[4]) {
+    Row row;
+    static_assert(!ONE || sizeof(row.v0.raw) == 16, "one vector");
+    row.v0.raw[0] = {w[0], w[1], w[2], w[3]};
+    return row;
+  }
+  MPK_DEVICE static void keep(u32 (&w)[4], const Row& row) {
+    const ptx::Vec4& v = row.v0.raw[0];
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
   }
 
+  // Before it is known that any have been written: wait for one vector.
+  template <int FROM, class Ctx> MPK_DEVICE void scout(Ctx& c, int chunk) const {
+    if constexpr (SCOUT)
+      if (WHOLE || first < width(chunk)) {
+        Row row;
+        const int t = min(lane / 4 + FROM * 8, N::T - 1), k = chunk * N::CHUNK + first;
+        N::load_row(c, t, k, row);
+        poll_until(c, [&] { return N::poll_row(c, t, k, row); });
+      }
+  }
+  template <int FROM, int TO, class Ctx> MPK_DEVICE void load_rows(Ctx& c, int chunk, Rows& row) const {
+    each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int k) { N::load_row(c, t, k, row[i][s][h]); });
+  }
   template <int FROM, int TO, class Ctx> MPK_DEVICE void await_rows(Ctx& c, int chunk, Rows& row) const {
     if constexpr (N::FLAGGED)
       poll_until(c, [&] {
@@ -107,22 +128,88 @@ struct MmaInput {
         return complete;
       });
   }
+  // The same for ONE.
+  template <class Ctx> MPK_DEVICE void load_words(Ctx& c, int chunk, Words& to) const {
+    if constexpr (!WHOLE) {
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i)
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+          for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) to[i][s][h][e] = 0;
+    }
+    each<0, HALVES>(chunk, [&](int i, int s, int h, int t, int k) {
+      Row row;
+      N::load_row(c, t, k, row);
+      keep(to[i][s][h], row);
+    });
+  }
+  template <class Ctx> MPK_DEVICE void await_words(Ctx& c, int chunk) {
+    if constexpr (N::FLAGGED)
+      poll_until(c, [&] {
+        u32 most = 0;  // of 16-bit elements, of which the sentinel is the largest
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i)
+#pragma unroll
+          for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) most = __vmaxu2(most, word[i][s][h][e]);
+        if ((most & 0xffffu) != 0xffffu && most < 0xffff0000u) return true;
+        each<0, HALVES>(chunk, [&](int i, int s, int h, int t, int k) {
+          Row row = row_of(word[i][s][h]);
+          N::poll_row(c, t, k, row);
+          keep(word[i][s][h], row);
+        });
+        return false;
+      });
+  }
+  // visit(half of a group's columns, half of the tokens, token, k, what is held of it) for all groups, each in its turn in
+  // the first one's registers.
+  template <class F> MPK_DEVICE void each_in_turn(int chunk, F&& visit) {
+#pragma unroll 1
+    for (int i = 0; i < GROUPS; ++i) {
+      u32 mine[2][HALVES][4];
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) mine[s][h][e] = word[0][s][h][e];
+          if (WHOLE || at(i, s) < width(chunk))
+            visit(i, s, h, min(lane / 4 + h * 8, N::T - 1), chunk * N::CHUNK + at(i, s), mine[s][h]);
+#pragma unroll
+          for (int j = 0; j + 1 < GROUPS; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) word[j][s][h][e] = word[j + 1][s][h][e];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) word[GROUPS - 1][s][h][e] = mine[s][h][e];
+        }
+    }
+  }
 
   // Sums of a token: over the lanes that share it, then over the warps in order. Two buffers, so that one barrier each
   // suffices.
   template <int I, class Ctx>
-  MPK_DEVICE void reduce(Ctx& c, const Rows& row, float (&red)[HALVES][N::REDUCTIONS + 1]) const {
+  MPK_DEVICE void reduce(Ctx& c, const Rows& row, float (&red)[HALVES][N::REDUCTIONS + 1]) {
     if constexpr (I < N::REDUCTIONS) {
       using Combine = typename N::template Combine<I>;
       float total[HALVES];
 #pragma unroll
       for (int h = 0; h < HALVES; ++h) total[h] = Combine::identity();
-      each<0, HALVES>(0, [&](int i, int s, int h, int t, int k) {
+      const auto add = [&](int i, int s, int h, int t, int k, const Row& of) {
         float out[8];
-        N::template term<I>(c, t, k, column(i, s), row[i][s][h], red[h], out);
+        N::template term<I>(c, t, k, column(i, s), of, red[h], out);
 #pragma unroll
         for (int e = 0; e < 8; ++e) total[h] = Combine::apply(total[h], out[e]);
-      });
+      };
+      if constexpr (ONE)
+        each_in_turn(0, [&](int i, int s, int h, int t, int k, const u32 (&w)[4]) { add(i, s, h, t, k, row_of(w)); });
+      else
+        each<0, HALVES>(0, [&](int i, int s, int h, int t, int k) { add(i, s, h, t, k, row[i][s][h]); });
       float* mine = sums + (I & 1) * WARPS * 16 + lane / 4;
 #pragma unroll
       for (int h = 0; h < HALVES; ++h) {
@@ -141,33 +228,47 @@ struct MmaInput {
     }
   }
 
-  template <int FROM, int TO, class Ctx>
-  MPK_DEVICE void convert(Ctx& c, int chunk, const Rows& row, const float (&red)[HALVES][N::REDUCTIONS + 1]) {
-    each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int k) {
-      if constexpr (N::PLAIN) {
-        const ptx::Vec4 v = N::plain(row[i][s][h]);
-        const u32 w[4] = {v.x, v.y, v.z, v.w};
+  template <class Ctx>
+  MPK_DEVICE void convert(Ctx& c, int i, int s, int t, int k, const Row& row, const float* red, u32 (&to)[4]) const {
+    float x[8];
+    N::x(c, t, k, column(i, s), row, red, x);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) word[i][s][h][e] = w[e];
-      } else {
-        float x[8];
-        N::x(c, t, k, column(i, s), row[i][s][h], red[h], x);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) word[i][s][h][e] = pack2<typename N::Element>(x[2 * e], x[2 * e + 1]);
-      }
-    });
+    for (int e = 0; e < 4; ++e) to[e] = pack2<typename N::Element>(x[2 * e], x[2 * e + 1]);
   }
 
-  // The fragments of a chunk, `early` as in load_rows; of columns that do not exist they are 0.
+  // Starts to load a chunk, the next one that `load` is called for.
+  template <class Ctx> MPK_DEVICE void prefetch(Ctx& c, int chunk) {
+    if constexpr (PREFETCH) load_words(c, chunk, ahead);
+  }
+
+  // The fragments of a chunk, `early`: the task's first; of columns that do not exist they are 0.
   template <class Ctx> MPK_DEVICE void load(Ctx& c, int chunk, bool early) {
     float red[HALVES][N::REDUCTIONS + 1];
     Rows row;
-    constexpr bool TOGETHER = N::PLAIN || N::REDUCTIONS > 0 || HALVES == 1;  // else 16 tokens would not fit
     if (CHUNKS > 1) load_columns(c, chunk);
     share_columns();
-    load_rows<0, TOGETHER ? HALVES : 1>(c, chunk, early, row);
-    await_rows<0, TOGETHER ? HALVES : 1>(c, chunk, row);
-    if constexpr (!WHOLE) {
+    if (early) scout<0>(c, chunk);
+    if constexpr (ONE) {
+      if (!PREFETCH || early) {
+        load_words(c, chunk, word);
+      } else {
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i)
+#pragma unroll
+          for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) word[i][s][h][e] = ahead[i][s][h][e];
+      }
+      await_words(c, chunk);
+      reduce<0>(c, row, red);
+      if constexpr (!N::PLAIN)
+        each_in_turn(chunk, [&](int i, int s, int h, int t, int k, u32 (&w)[4]) { convert(c, i, s, t, k, row_of(w), red[h], w); });
+    } else {
+      constexpr bool TOGETHER = N::REDUCTIONS > 0 || HALVES == 1;  // else 16 tokens would not fit
+      load_rows<0, TOGETHER ? HALVES : 1>(c, chunk, row);
+      await_rows<0, TOGETHER ? HALVES : 1>(c, chunk, row);
 #pragma unroll
       for (int i = 0; i < GROUPS; ++i)
 #pragma unroll
@@ -176,13 +277,15 @@ struct MmaInput {
           for (int h = 0; h < HALVES; ++h)
 #pragma unroll
             for (int e = 0; e < 4; ++e) word[i][s][h][e] = 0;
-    }
-    reduce<0>(c, row, red);
-    convert<0, TOGETHER ? HALVES : 1>(c, chunk, row, red);
-    if constexpr (!TOGETHER) {
-      load_rows<1, HALVES>(c, chunk, early, row);
-      await_rows<1, HALVES>(c, chunk, row);
-      convert<1, HALVES>(c, chunk, row, red);
+      reduce<0>(c, row, red);
+      const auto one = [&](int i, int s, int h, int t, int k) { convert(c, i, s, t, k, row[i][s][h], red[h], word[i][s][h]); };
+      each<0, TOGETHER ? HALVES : 1>(chunk, one);
+      if constexpr (!TOGETHER) {
+        if (early) scout<1>(c, chunk);
+        load_rows<1, HALVES>(c, chunk, row);
+        await_rows<1, HALVES>(c, chunk, row);
+        each<1, HALVES>(chunk, one);
+      }
     }
   }
 };
