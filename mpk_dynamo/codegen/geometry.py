@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from ..errors import Unsupported
-from ..ir.expr import Load, reductions
+from ..ir.expr import reductions
 from ..ir.graph import Linear
 from ..ir.types import Buffer
 
@@ -15,9 +15,9 @@ SLOT_BYTES = 16384
 """Bytes of one copy at most: large copies stream at the full rate with few in flight (3 to 4 slots suffice)."""
 
 CHUNK = 2048
-"""Columns of x that the tensor-core body holds in registers at a time; half as many of longer rows where more than 8
-tokens or what x is computed from need registers as well. Row pieces of 2 KiB stream at nearly the full rate. Of a prologue
-that reduces over rows it holds whole rows."""
+"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, row
+pieces of 2 KiB, which stream at nearly the full rate, and the next ones are on their way. Of a prologue that reduces over
+rows it holds whole rows."""
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8
@@ -56,8 +56,7 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
         return Geometry(0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
-        light = node.t.size <= 8 and isinstance(node.x, Load)
-        chunk = k if reductions(node.x) or k <= CHUNK else CHUNK if light else CHUNK // 2
+        chunk = k if reductions(node.x) or k <= CHUNK else CHUNK // 2
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows * piece > SLOT_BYTES:
             rows //= 2

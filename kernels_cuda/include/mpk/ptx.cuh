@@ -13,7 +13,7 @@ struct alignas(16) Vec4 { u32 x, y, z, w; };
 using Address = u32;
 MPK_DEVICE Address shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 MPK_DEVICE Address opaque(Address a) {
-  asm volatile("" : "+r"(a));
+  asm("" : "+r"(a));
   return a;
 }
 

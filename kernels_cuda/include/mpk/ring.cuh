@@ -87,9 +87,7 @@ struct RingReader {
   R& ring;
   Health& health;
   Cursor<SLOTS> at;
-  ptx::Address base;
-  MPK_DEVICE RingReader(R& r, Health& h, Cursor<SLOTS> c)
-      : ring(r), health(h), at(c), base(ptx::opaque(ptx::shared_address(&r))) {}
+  MPK_DEVICE RingReader(R& r, Health& h, Cursor<SLOTS> c) : ring(r), health(h), at(c) {}
   MPK_DEVICE const char* wait() { return wait(at); }
   MPK_DEVICE const char* bytes() const { return ring.slot[at.index]; }
   // Whether the slot is there, without waiting. The answer takes 0.1 us: ask early.
@@ -103,23 +101,28 @@ struct RingReader {
     if (arrives()) ptx::mbarrier_arrive(&ring.empty[at.index]);
     at.next();
   }
-  // Several slots that are consumed together, MOST at most: whether the first `count` are there, waiting for them, and
-  // handing them back.
-  template <int MOST> MPK_DEVICE bool look(int count = MOST) const {
+  // Several slots that are consumed together, MOST at most: whether those behind the next `skip` are there, waiting for the
+  // first `count`, and handing them back. base: address of the ring.
+  template <int MOST> MPK_DEVICE bool look(ptx::Address base, int skip) const {
     bool all = true;
-    auto which = at;
+    u32 index = at.index + static_cast<u32>(skip), phase = at.phase;
 #pragma unroll
-    for (int i = 0; i < MOST; ++i, which.next())
-      if (i < count) all = ptx::mbarrier_look(base + R::FULL + which.index * 8, which.phase) && all;
+    for (int i = 0; i < MOST; ++i, ++index) {
+      if (index >= SLOTS) {
+        index -= SLOTS;
+        phase ^= 1;
+      }
+      all = ptx::mbarrier_look(base + R::FULL + index * 8, phase) && all;
+    }
     return all;
   }
-  template <int MOST> MPK_DEVICE void await(int count) const {
+  template <int MOST> MPK_DEVICE void await(ptx::Address base, int count) const {
     auto which = at;
 #pragma unroll 1
     for (int i = 0; i < count; ++i, which.next())
       while (!ptx::mbarrier_test(base + R::FULL + which.index * 8, which.phase) && !health.aborted) {}
   }
-  template <int MOST> MPK_DEVICE void release(int count) {
+  template <int MOST> MPK_DEVICE void release(ptx::Address base, int count) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < MOST; ++i)
@@ -129,7 +132,7 @@ struct RingReader {
       }
   }
   // Address of the slot `ahead` of the next one.
-  MPK_DEVICE ptx::Address address(u32 ahead) const {
+  MPK_DEVICE ptx::Address address(ptx::Address base, u32 ahead) const {
     const u32 i = at.index + ahead;
     return base + (i < SLOTS ? i : i - SLOTS) * R::BYTES;
   }

@@ -10,8 +10,8 @@
 // (mma_input.cuh). The 8 lanes that a 16-byte shared load serves together read 64 bytes of two rows; where rows are a
 // multiple of 128 bytes apart, odd rows read their other 64 bytes first, so that the two never share a bank.
 //
-// The order of slots is chunk, tile, joint weight. A tile goes to registers while the one before is multiplied, its slots
-// are free at once, and their barriers have been looked at a tile before that. Sums of a tile leave the registers with the
+// The order of slots is chunk, tile, joint weight. Weights go to registers while the ones before are multiplied, across
+// tiles, and the barriers of a tile's slots have been looked at a tile before. Sums of a tile leave the registers with the
 // chunk: each warp keeps its own in shared memory, so that one loop passes all tiles (its code once for each tile would not
 // stay in the instruction cache). They meet there in a fixed order at the end of a block.
 //
@@ -32,10 +32,11 @@ struct MmaShape {
   static constexpr int TILES = 8 / Input::HALVES / N::JOINT;  // of a block: 16 KiB of sums
   static constexpr int BLOCK_ROWS = TILES * TILE;
   static constexpr int ENTRY = Input::HALVES * 8 * TILE;     // sums of a tile, of a warp
-  static constexpr int PITCH = WARPS * ENTRY + (Input::HALVES == 2 ? 8 / N::JOINT : 2);  // neighbours in other banks
+  static constexpr int PITCH = WARPS * ENTRY + (Input::HALVES == 2 ? 8 / N::JOINT : 4);  // neighbours in other banks
   static constexpr int SUMS = TILES * N::JOINT * PITCH * 4;
   static constexpr int SCRATCH = SUMS + Input::SCRATCH;
   static constexpr int OWN = (BLOCK_ROWS * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
+  static_assert(Input::EXCHANGED <= TILES * N::JOINT * (ENTRY / 4), "a warp exchanges its input where its sums will be");
   static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
 };
 
@@ -57,50 +58,51 @@ MPK_DEVICE void each_owned(int rows, F&& visit) {
   }
 }
 
-// The tiles of a task, of which this thread holds its vectors of one.
+// The tiles of a task. This thread has its vectors of the next AHEAD groups of columns in registers.
 template <class N, class Ctx>
 struct MmaTiles {
   using S = MmaShape<N>;
   using I = MmaInput<N>;
+  static constexpr int AHEAD = I::GROUPS < 2 ? I::GROUPS : 2;
   Ctx& c;
   const I& x;
   const bool swap;
-  ptx::Vec4 w[I::GROUPS][2];
-  ptx::Address at;   // where this lane reads the tile that is loaded
-  int columns;       // of that tile
-  bool full = false;  // the tile after it is there
-  MPK_DEVICE MmaTiles(Ctx& context, const I& input) : c(context), x(input), swap(S::SWAP && (input.lane / 4 & 1)) {}
+  const ptx::Address base;
+  ptx::Vec4 w[AHEAD][2];
+  ptx::Address at;    // where this lane reads the tile
+  int columns;        // of the tile
+  int parts = 0;      // slots of the tile, which this warp still has
+  bool full = false;  // those of the tile after it are there
+  MPK_DEVICE MmaTiles(Ctx& context, const I& input)
+      : c(context), x(input), swap(S::SWAP && (input.lane / 4 & 1)), base(ptx::opaque(ptx::shared_address(&context.ring.ring))) {}
 
-  MPK_DEVICE static int slots(int rows) { return min(S::PARTS, (rows + N::SLOT_ROWS - 1) / N::SLOT_ROWS); }
-  // Waits for a tile of a chunk of `width` columns, whose first row is followed by `rows` - 1 more.
-  MPK_DEVICE void await(int rows, int width) {
-    const int parts = slots(rows), g = x.lane / 4;
-    if (!full) c.ring.template await<S::PARTS>(parts);
-    columns = width;  // lanes without a row read the last slot there is
-    at = c.ring.address(min(g / N::SLOT_ROWS, parts - 1)) + g % N::SLOT_ROWS * S::STRIDE + x.first * 2;
+  // Lets go of the tile's slots and waits for the next one, of a chunk of `width` columns and `rows` rows or more.
+  MPK_DEVICE void next(int rows, int width) {
+    c.ring.template release<S::PARTS>(base, parts);
+    parts = min(S::PARTS, (rows + N::SLOT_ROWS - 1) / N::SLOT_ROWS);
+    if (parts && !full) c.ring.template await<S::PARTS>(base, parts);
+    columns = width;
+    const int g = x.lane / 4;  // lanes without a row read the last slot there is
+    at = c.ring.address(base, max(min(g / N::SLOT_ROWS, parts - 1), 0)) + g % N::SLOT_ROWS * S::STRIDE + x.first * 2;
   }
   MPK_DEVICE void load(int i) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const int half = swap ? 1 - s : s;
       const ptx::Address from = at + i * 128 * S::WARPS + half * 64;
-      if (I::WHOLE) w[i][s] = ptx::load_shared(from);
-      else w[i][s] = x.at(i, half) < columns ? ptx::load_shared(from) : ptx::Vec4{0, 0, 0, 0};  // stale bytes may be infinite
+      ptx::Vec4& to = w[i % AHEAD][s];
+      if (I::WHOLE) to = ptx::load_shared(from);
+      else to = x.at(i, half) < columns ? ptx::load_shared(from) : ptx::Vec4{0, 0, 0, 0};  // stale bytes may be infinite
     }
   }
-  MPK_DEVICE void loaded(int rows) {
-    c.ring.template release<S::PARTS>(slots(rows));
-    full = c.ring.template look<S::PARTS>();
-  }
   MPK_DEVICE void first(int rows, int width) {
-    await(rows, width);
+    next(rows, width);
 #pragma unroll
-    for (int i = 0; i < I::GROUPS; ++i) load(i);
-    loaded(rows);
+    for (int i = 0; i < AHEAD; ++i) load(i);
   }
-  // x times the tile that is loaded, into the warp's sums of it (added to what is there if `more`). The tile that has been
-  // awaited, of `next` rows, takes its place; without one (`next` is 0) what is loaded again is not used.
-  MPK_DEVICE void multiply(float2* sums, bool more, int next) {
+  // x times the tile, into the warp's sums of it (added to what is there if `more`). The next one is of `rows` rows; if
+  // there is none (0), what is loaded again is not used.
+  MPK_DEVICE void multiply(float2* sums, bool more, int rows, int width) {
     float acc[4][4];  // chains of products: each waits for its own last one only
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -108,8 +110,9 @@ struct MmaTiles {
       for (int e = 0; e < 4; ++e) acc[i][e] = 0.0f;
 #pragma unroll
     for (int i = 0; i < I::GROUPS; ++i) {
-      const ptx::Vec4 b[2] = {swap ? w[i][1] : w[i][0], swap ? w[i][0] : w[i][1]};
-      load(i);
+      const ptx::Vec4 b[2] = {swap ? w[i % AHEAD][1] : w[i % AHEAD][0], swap ? w[i % AHEAD][0] : w[i % AHEAD][1]};
+      if (i + AHEAD == I::GROUPS) next(rows, width);
+      load((i + AHEAD) % I::GROUPS);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const auto& v = x.word[i][s];
@@ -122,7 +125,7 @@ struct MmaTiles {
         }
       }
     }
-    if (next) loaded(next);
+    full = c.ring.template look<S::PARTS>(base, parts);
 #pragma unroll
     for (int h = 0; h < I::HALVES; ++h) {
       const auto sum = [&](int e) {
@@ -145,8 +148,12 @@ MPK_DEVICE void linear_mma(Ctx& c) {
   if (I::CHUNKS == 1) x.load_columns(c, 0);
   if (!c.wait()) return;
   MmaTiles<N, Ctx> tiles(c, x);
+  const auto exchange = [&](int i) {
+    constexpr int MANY = S::ENTRY / 4;  // vectors
+    return reinterpret_cast<ptx::Vec4*>(scratch + i / MANY * S::PITCH + warp * S::ENTRY) + i % MANY;
+  };
   if (I::CHUNKS == 1) {
-    x.load(c, 0, true);
+    x.load(c, 0, true, exchange);
     c.streaming();
   }
   tiles.first(c.ready->segment[0].rows, I::width(0));
@@ -167,17 +174,16 @@ MPK_DEVICE void linear_mma(Ctx& c) {
       for (int chunk = 0; chunk < I::CHUNKS; ++chunk) {
         if (I::CHUNKS > 1) {
           const bool early = s == 0 && block == 0 && chunk == 0, last = chunk + 1 == I::CHUNKS;
-          x.load(c, chunk, early);
+          x.load(c, chunk, early, exchange);
           if (early) c.streaming();
-          if (!last || after) x.prefetch(c, last ? 0 : chunk + 1);
+          x.prefetch(c, last ? 0 : chunk + 1, !last || after);
         }
         float* to = scratch + warp * S::ENTRY;
 #pragma unroll 1
         for (int tile = 1; tile <= count; ++tile, to += S::PITCH) {
           const bool within = tile < count, over = chunk + 1 == I::CHUNKS;
-          const int next = within ? rows - tile / joint * S::TILE : over ? after : rows;
-          if (next) tiles.await(next, I::width(within ? chunk : over ? 0 : chunk + 1));
-          tiles.multiply(reinterpret_cast<float2*>(to) + x.lane, chunk > 0, next);
+          tiles.multiply(reinterpret_cast<float2*>(to) + x.lane, chunk > 0, within ? rows - tile / joint * S::TILE : over ? after : rows,
+                         I::width(within ? chunk : over ? 0 : chunk + 1));
         }
       }
       if (!after) c.last_slot_consumed();

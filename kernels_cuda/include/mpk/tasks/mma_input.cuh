@@ -33,6 +33,10 @@ struct MmaInput {
   using Row = typename N::Row;
   using Rows = Row[GROUPS][2][HALVES];
   static constexpr bool ONE = sizeof(Row) == 16;
+  static constexpr int TOKENS = N::T <= 2 ? 2 : N::T <= 4 ? 4 : 8;  // of a half that lanes stand for
+  static constexpr int SHARE = ONE && !N::PLAIN && CHUNKS == 1 && GROUPS <= 4 ? 8 / TOKENS : 1;
+  static constexpr int OWN = (GROUPS * 2 + SHARE - 1) / SHARE;  // vectors of a lane that shares
+  static constexpr int EXCHANGED = SHARE > 1 ? TOKENS * GROUPS * 2 * 4 : 0;  // vectors of a warp, see load
   // Rows of the next chunk are under way while this one is multiplied.
   static constexpr bool PREFETCH = CHUNKS > 1 && ONE;
   // The tokens share columns, so each lane loads some, and the warp reads them from shared memory.
@@ -56,7 +60,8 @@ struct MmaInput {
         sums(reinterpret_cast<float*>(scratch + COLUMN_BYTES)), lane(threadIdx.x & 31),
         first(static_cast<int>(threadIdx.x) / 32 * 64 + lane % 4 * 8) {}
 
-  MPK_DEVICE int at(int i, int s) const { return first + i * 64 * WARPS + s * 32; }  // column within the chunk
+  MPK_DEVICE static int more(int i, int s) { return i * 64 * WARPS + s * 32; }
+  MPK_DEVICE int at(int i, int s) const { return first + more(i, s); }  // column within the chunk
   MPK_DEVICE static int width(int chunk) { return WHOLE ? N::CHUNK : min(N::CHUNK, N::K - chunk * N::CHUNK); }
 
   // visit(group, half of its columns, half of the tokens, token, k) for what this lane owns. Lanes beyond the last
@@ -96,14 +101,24 @@ struct MmaInput {
     else return {};
   }
 
+  MPK_DEVICE static void clear(Words& words) {
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i)
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) words[i][s][h][e] = 0;
+  }
   MPK_DEVICE static Row row_of(const u32 (&w)[4]) {
     Row row;
-    static_assert(!ONE || sizeof(row.v0.raw) == 16, "one vector");
-    row.v0.raw[0] = {w[0], w[1], w[2], w[3]};
+    static_assert(!ONE || alignof(Row) == 16, "one vector");
+    *reinterpret_cast<ptx::Vec4*>(&row) = {w[0], w[1], w[2], w[3]};
     return row;
   }
   MPK_DEVICE static void keep(u32 (&w)[4], const Row& row) {
-    const ptx::Vec4& v = row.v0.raw[0];
+    const ptx::Vec4& v = reinterpret_cast<const ptx::Vec4&>(row);
     w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
   }
 
@@ -113,59 +128,47 @@ struct MmaInput {
       if (WHOLE || first < width(chunk)) {
         Row row;
         const int t = min(lane / 4 + FROM * 8, N::T - 1), k = chunk * N::CHUNK + first;
-        N::load_row(c, t, k, row);
-        poll_until(c, [&] { return N::poll_row(c, t, k, row); });
+        N::load_row(c, t, k, 0, row);
+        poll_until(c, [&] { return N::poll_row(c, t, k, 0, row); });
       }
   }
   template <int FROM, int TO, class Ctx> MPK_DEVICE void load_rows(Ctx& c, int chunk, Rows& row) const {
-    each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int k) { N::load_row(c, t, k, row[i][s][h]); });
+    const int k0 = chunk * N::CHUNK + first;
+    each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int) { N::load_row(c, t, k0, more(i, s), row[i][s][h]); });
   }
   template <int FROM, int TO, class Ctx> MPK_DEVICE void await_rows(Ctx& c, int chunk, Rows& row) const {
     if constexpr (N::FLAGGED)
       poll_until(c, [&] {
-        bool complete = true;
-        each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int k) { complete = N::poll_row(c, t, k, row[i][s][h]) && complete; });
-        return complete;
+        bool all = true;
+        const int k0 = chunk * N::CHUNK + first;
+        each<FROM, TO>(chunk, [&](int i, int s, int h, int t, int) { all = N::poll_row(c, t, k0, more(i, s), row[i][s][h]) && all; });
+        return all;
       });
   }
   // The same for ONE.
   template <class Ctx> MPK_DEVICE void load_words(Ctx& c, int chunk, Words& to) const {
-    if constexpr (!WHOLE) {
-#pragma unroll
-      for (int i = 0; i < GROUPS; ++i)
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-          for (int h = 0; h < HALVES; ++h)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) to[i][s][h][e] = 0;
-    }
-    each<0, HALVES>(chunk, [&](int i, int s, int h, int t, int k) {
+    if constexpr (!WHOLE) clear(to);
+    const int k0 = chunk * N::CHUNK + first;
+    each<0, HALVES>(chunk, [&](int i, int s, int h, int t, int) {
       Row row;
-      N::load_row(c, t, k, row);
+      N::load_row(c, t, k0, more(i, s), row);
       keep(to[i][s][h], row);
     });
   }
-  template <class Ctx> MPK_DEVICE void await_words(Ctx& c, int chunk) {
-    if constexpr (N::FLAGGED)
-      poll_until(c, [&] {
-        u32 most = 0;  // of 16-bit elements, of which the sentinel is the largest
+  // Whether none of these vectors holds a sentinel: of 16-bit elements it is the largest.
+  template <int COUNT> MPK_DEVICE static bool complete(const u32* words) {
+    u32 most = 0;
 #pragma unroll
-        for (int i = 0; i < GROUPS; ++i)
-#pragma unroll
-          for (int s = 0; s < 2; ++s)
-#pragma unroll
-            for (int h = 0; h < HALVES; ++h)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) most = __vmaxu2(most, word[i][s][h][e]);
-        if ((most & 0xffffu) != 0xffffu && most < 0xffff0000u) return true;
-        each<0, HALVES>(chunk, [&](int i, int s, int h, int t, int k) {
-          Row row = row_of(word[i][s][h]);
-          N::poll_row(c, t, k, row);
-          keep(word[i][s][h], row);
-        });
-        return false;
-      });
+    for (int i = 0; i < COUNT; ++i) most = __vmaxu2(most, words[i]);
+    return (most & 0xffffu) != 0xffffu && most < 0xffff0000u;
+  }
+  // Until all of it has been published. What misses some is loaded as a whole again: code for single vectors would be long,
+  // and `scout` has seen to it that little is missing.
+  template <class Ctx> MPK_DEVICE void await_words(Ctx& c, int chunk, bool loaded) {
+    do {
+      if (!loaded) load_words(c, chunk, word);
+      loaded = false;
+    } while (N::FLAGGED && !complete<GROUPS * 2 * HALVES * 4>(&word[0][0][0][0]) && !c.shared.health.aborted);
   }
   // visit(half of a group's columns, half of the tokens, token, k, what is held of it) for all groups, each in its turn in
   // the first one's registers.
@@ -210,24 +213,29 @@ struct MmaInput {
         each_in_turn(0, [&](int i, int s, int h, int t, int k, const u32 (&w)[4]) { add(i, s, h, t, k, row_of(w)); });
       else
         each<0, HALVES>(0, [&](int i, int s, int h, int t, int k) { add(i, s, h, t, k, row[i][s][h]); });
-      float* mine = sums + (I & 1) * WARPS * 16 + lane / 4;
-#pragma unroll
-      for (int h = 0; h < HALVES; ++h) {
-        total[h] = Combine::apply(total[h], __shfl_xor_sync(~0u, total[h], 1));
-        total[h] = Combine::apply(total[h], __shfl_xor_sync(~0u, total[h], 2));
-        if (lane % 4 == 0) mine[threadIdx.x / 32 * 16 + h * 8] = total[h];
-      }
-      c.barrier();
-#pragma unroll
-      for (int h = 0; h < HALVES; ++h) {
-        red[h][I] = mine[h * 8];
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) red[h][I] = Combine::apply(red[h][I], mine[w * 16 + h * 8]);
-      }
+      combine<I>(c, total, red);
       reduce<I + 1>(c, row, red);
     }
   }
-
+  template <int I, class Ctx>
+  MPK_DEVICE void combine(Ctx& c, float (&total)[HALVES], float (&red)[HALVES][N::REDUCTIONS + 1]) const {
+    using Combine = typename N::template Combine<I>;
+    float* mine = sums + (I & 1) * WARPS * 16 + lane / 4;
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) {
+#pragma unroll
+      for (int bit = 1; bit < 32; bit <<= 1)
+        if (bit < 4 || (SHARE > 1 && bit >= 4 * TOKENS)) total[h] = Combine::apply(total[h], __shfl_xor_sync(~0u, total[h], bit));
+      if (lane % 4 == 0) mine[threadIdx.x / 32 * 16 + h * 8] = total[h];
+    }
+    c.barrier();
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h) {
+      red[h][I] = mine[h * 8];
+#pragma unroll
+      for (int w = 1; w < WARPS; ++w) red[h][I] = Combine::apply(red[h][I], mine[w * 16 + h * 8]);
+    }
+  }
   template <class Ctx>
   MPK_DEVICE void convert(Ctx& c, int i, int s, int t, int k, const Row& row, const float* red, u32 (&to)[4]) const {
     float x[8];
@@ -236,22 +244,79 @@ struct MmaInput {
     for (int e = 0; e < 4; ++e) to[e] = pack2<typename N::Element>(x[2 * e], x[2 * e + 1]);
   }
 
-  // Starts to load a chunk, the next one that `load` is called for.
-  template <class Ctx> MPK_DEVICE void prefetch(Ctx& c, int chunk) {
-    if constexpr (PREFETCH) load_words(c, chunk, ahead);
+  // SHARE lanes a token: visit(which of the lane's vectors, group, half of its columns, token, k).
+  template <class F> MPK_DEVICE void each_own(F&& visit) const {
+    const int t = min(lane / 4 % TOKENS, N::T - 1);
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) {
+      const int q = j * SHARE + lane / 4 / TOKENS;
+      if (GROUPS * 2 % SHARE == 0 || q < GROUPS * 2)
+        if (WHOLE || at(q / 2, q % 2) < width(0)) visit(j, q / 2, q % 2, t, at(q / 2, q % 2));
+    }
+  }
+  template <int I, class Ctx>
+  MPK_DEVICE void reduce_own(Ctx& c, const Row (&row)[OWN], float (&red)[HALVES][N::REDUCTIONS + 1]) const {
+    if constexpr (I < N::REDUCTIONS) {
+      using Combine = typename N::template Combine<I>;
+      float total[HALVES] = {Combine::identity()};
+      each_own([&](int j, int i, int s, int t, int k) {
+        float out[8];
+        N::template term<I>(c, t, k, column(i, s), row[j], red[0], out);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) total[0] = Combine::apply(total[0], out[e]);
+      });
+      combine<I>(c, total, red);
+      reduce_own<I + 1>(c, row, red);
+    }
+  }
+  template <class Ctx, class F> MPK_DEVICE void load_own(Ctx& c, F&& exchange) {
+    Row row[OWN];
+    float red[HALVES][N::REDUCTIONS + 1];
+    each_own([&](int j, int, int, int t, int k) { N::load_row(c, t, k, 0, row[j]); });
+    if constexpr (N::FLAGGED)
+      poll_until(c, [&] {
+        bool all = true;
+        each_own([&](int j, int, int, int t, int k) { all = N::poll_row(c, t, k, 0, row[j]) && all; });
+        return all;
+      });
+    reduce_own<0>(c, row, red);
+    const auto place = [&](int q, int t) { return (t * GROUPS * 2 + q) * 4 + lane % 4; };
+    each_own([&](int j, int i, int s, int t, int k) {
+      u32 w[4];
+      convert(c, i, s, t, k, row[j], red[0], w);
+      *exchange(place(i * 2 + s, lane / 4 % TOKENS)) = {w[0], w[1], w[2], w[3]};
+    });
+    __syncwarp();
+#pragma unroll
+    for (int q = 0; q < GROUPS * 2; ++q) {
+      ptx::Vec4 v = {0, 0, 0, 0};
+      if (WHOLE || at(q / 2, q % 2) < width(0)) v = *exchange(place(q, lane / 4 % TOKENS));
+      u32(&w)[4] = word[q / 2][q % 2][0];
+      w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    }
+    __syncwarp();  // the memory of the exchange is for sums from here on
   }
 
-  // The fragments of a chunk, `early`: the task's first; of columns that do not exist they are 0.
-  template <class Ctx> MPK_DEVICE void load(Ctx& c, int chunk, bool early) {
-    float red[HALVES][N::REDUCTIONS + 1];
-    Rows row;
+  // Starts to load a chunk, the next one that `load` is called for, if `any`.
+  template <class Ctx> MPK_DEVICE void prefetch(Ctx& c, int chunk, bool any) {
+    if constexpr (PREFETCH) {
+      if (!any) clear(ahead);  // so that its registers are free until here
+      else load_words(c, chunk, ahead);
+    }
+  }
+
+  // The fragments of a chunk, `early`: the task's first; of columns that do not exist they are 0. exchange(i): shared memory
+  // for EXCHANGED vectors, of this warp.
+  template <class Ctx, class F> MPK_DEVICE void load(Ctx& c, int chunk, bool early, F&& exchange) {
+    [[maybe_unused]] float red[HALVES][N::REDUCTIONS + 1];
+    [[maybe_unused]] Rows row;
     if (CHUNKS > 1) load_columns(c, chunk);
     share_columns();
     if (early) scout<0>(c, chunk);
-    if constexpr (ONE) {
-      if (!PREFETCH || early) {
-        load_words(c, chunk, word);
-      } else {
+    if constexpr (SHARE > 1) {
+      load_own(c, exchange);
+    } else if constexpr (ONE) {
+      if (PREFETCH && !early) {
 #pragma unroll
         for (int i = 0; i < GROUPS; ++i)
 #pragma unroll
@@ -261,7 +326,7 @@ struct MmaInput {
 #pragma unroll
               for (int e = 0; e < 4; ++e) word[i][s][h][e] = ahead[i][s][h][e];
       }
-      await_words(c, chunk);
+      await_words(c, chunk, PREFETCH && !early);
       reduce<0>(c, row, red);
       if constexpr (!N::PLAIN)
         each_in_turn(chunk, [&](int i, int s, int h, int t, int k, u32 (&w)[4]) { convert(c, i, s, t, k, row_of(w), red[h], w); });
@@ -269,14 +334,7 @@ struct MmaInput {
       constexpr bool TOGETHER = N::REDUCTIONS > 0 || HALVES == 1;  // else 16 tokens would not fit
       load_rows<0, TOGETHER ? HALVES : 1>(c, chunk, row);
       await_rows<0, TOGETHER ? HALVES : 1>(c, chunk, row);
-#pragma unroll
-      for (int i = 0; i < GROUPS; ++i)
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-          for (int h = 0; h < HALVES; ++h)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) word[i][s][h][e] = 0;
+      clear(word);
       reduce<0>(c, row, red);
       const auto one = [&](int i, int s, int h, int t, int k) { convert(c, i, s, t, k, row[i][s][h], red[h], word[i][s][h]); };
       each<0, TOGETHER ? HALVES : 1>(chunk, one);
