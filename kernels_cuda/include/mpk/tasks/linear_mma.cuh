@@ -29,15 +29,17 @@ struct MmaShape {
   static constexpr int PARTS = TILE / N::SLOT_ROWS;  // slots of a tile
   static constexpr int STRIDE = Input::CHUNKS == 1 ? N::K * 2 : N::CHUNK * 2;  // bytes from row to row in a slot
   static constexpr bool SWAP = STRIDE % 128 < 32 || STRIDE % 128 > 96;
-  static constexpr int TILES = 8 / Input::HALVES / N::JOINT;  // of a block: 16 KiB of sums
+  static constexpr int FIT = 8 / Input::HALVES / N::JOINT, EACH = static_cast<int>(kConsumers) / (TILE * N::T);
+  // Of a block: 16 KiB of sums, and an output element a thread where x need not be read again for each block.
+  static constexpr int TILES = FIT < EACH || Input::CHUNKS > 1 ? FIT : EACH;
   static constexpr int BLOCK_ROWS = TILES * TILE;
   static constexpr int ENTRY = Input::HALVES * 8 * TILE;     // sums of a tile, of a warp
   static constexpr int PITCH = WARPS * ENTRY + (Input::HALVES == 2 ? 8 / N::JOINT : 4);  // neighbours in other banks
+  static constexpr int OWN = (BLOCK_ROWS * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
   static constexpr int SUMS = TILES * N::JOINT * PITCH * 4;
   static constexpr int SCRATCH = SUMS + Input::SCRATCH;
-  static constexpr int OWN = (BLOCK_ROWS * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
   static_assert(Input::EXCHANGED <= TILES * N::JOINT * (ENTRY / 4), "a warp exchanges its input where its sums will be");
-  static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
+  static_assert(TILES > 0 && N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
 };
 
 // Where a warp's sums of a tile are, as MmaTiles leaves them.
