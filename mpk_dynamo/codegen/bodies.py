@@ -243,6 +243,7 @@ def _prologue(
         return f"  struct {name} {{ {members} }};"
 
     if tensor_cores:
+        at_row = "Ctx& c, int t, int k0, int more, Row& row"
         plain = len(held) == 1 and node.x is held[0] and places == ["row"] and held[0].dtype is weight.dtype
         lines += [
             struct("Column", "column"),
@@ -250,8 +251,8 @@ def _prologue(
             f"  static constexpr bool PLAIN = {'true' if plain else 'false'}, "
             f"FLAGGED = {'true' if polled else 'false'};",
             f"  {TEMPLATE} MPK_DEVICE static void load_column(Ctx& c, int k0, Column& column) {{ {' '.join(fixed)} }}",
-            f"  {TEMPLATE} MPK_DEVICE static void load_row(Ctx& c, int t, int k0, int more, Row& row) {{ {' '.join(moving)} }}",
-            f"  {TEMPLATE} MPK_DEVICE static bool poll_row(Ctx& c, int t, int k0, int more, Row& row) {poll}",
+            f"  {TEMPLATE} MPK_DEVICE static void load_row({at_row}) {{ {' '.join(moving)} }}",
+            f"  {TEMPLATE} MPK_DEVICE static bool poll_row({at_row}) {poll}",
         ]
         if plain:
             return [*lines, "  MPK_DEVICE static ptx::Vec4 plain(const Row& row) { return row.v0.raw[0]; }"]

@@ -15,9 +15,8 @@ SLOT_BYTES = 16384
 """Bytes of one copy at most: large copies stream at the full rate with few in flight (3 to 4 slots suffice)."""
 
 CHUNK = 2048
-"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, row
-pieces of 2 KiB, which stream at nearly the full rate, and the next ones are on their way. Of a prologue that reduces over
-rows it holds whole rows."""
+"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, in row
+pieces of 2 KiB, while the next ones are on their way. Of a prologue that reduces over rows it holds whole rows."""
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8
