@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .targets import Target
 
     Observe = Callable[[Timeline], None]
+    Ahead = Callable[[Program], None]
 
 _log = logging.getLogger("mpk_dynamo")
 
@@ -76,8 +78,18 @@ def compile_captured(
         report.outcome, report.device = "reference", str(place.device)
     else:
         profiled = bool(settings.profile or observe)
-        program = proven_program(captured.graph, workers, target, settings, report, dump, profiled)
-        compiled = _load(captured, program, target, place.device, settings, report, observe, recorded)
+        with ThreadPoolExecutor(1) as pool:  # NVRTC, while tables are verified and stored; it holds no lock of Python's
+            begun: list[Future[Any]] = []
+
+            def begin(program: "Program") -> None:
+                begun.append(pool.submit(build, program, target, settings, report))
+
+            program = proven_program(captured.graph, workers, target, settings, report, dump, profiled, begin)
+            if not begun:  # it comes from the cache
+                begin(program)
+            with report.stage("nvrtc"):
+                artifact = begun[0].result()
+        compiled = _load(captured, program, artifact, target, place.device, settings, report, observe, recorded)
         report.outcome, report.device, report.launches = "kernel", torch.cuda.get_device_name(place.device), 1
     dump.report(report)
     return with_aliases(compiled, captured.aliases) if captured.aliases else compiled
@@ -228,9 +240,15 @@ def lower(graph: "Graph", workers: int, target: "Target", report: Report, dump: 
 
 @without_collector
 def emit(
-    schedule: "Schedule", target: "Target", report: Report, dump: Dump, profiled: bool = False
+    schedule: "Schedule",
+    target: "Target",
+    report: Report,
+    dump: Dump,
+    profiled: bool = False,
+    ahead: "Ahead | None" = None,
 ) -> "Program":
-    """A Schedule as a verified Program for `target`. `profiled`: with the code that records the clocks of tasks."""
+    """A Schedule as a verified Program for `target`. `profiled`: with the code that records the clocks of tasks.
+    `ahead` is given the program before its tables are verified, to compile its source meanwhile."""
     from .codegen import generate
     from .verify import verify_program
 
@@ -239,6 +257,8 @@ def emit(
         program = generate(schedule, target, profiled)
     dump.text("5-program.cu", lambda p: p.source, program)
     dump.text("5-program.txt", printer.print_program, program)
+    if ahead is not None:
+        ahead(program)
     with report.stage("verify"):
         verify_program(program, target)
     return program
@@ -253,9 +273,10 @@ def proven_program(
     report: Report,
     dump: Dump,
     profiled: bool = False,
+    ahead: "Ahead | None" = None,
 ) -> "Program":
     """`lower` and `emit`, or their result of an earlier time, which was verified then. A dump has every stage made, and
-    what records clocks is not kept."""
+    what records clocks is not kept. `ahead`: see `emit`."""
     from . import proven
     from .ir.program import Program
 
@@ -266,7 +287,7 @@ def proven_program(
         report.target = target.name
         _describe(report, program.schedule.tasks.graph, program.schedule)
         return program
-    program = emit(lower(graph, workers, target, report, dump), target, report, dump, profiled)
+    program = emit(lower(graph, workers, target, report, dump), target, report, dump, profiled, ahead)
     if key:
         with report.stage("stored"):
             proven.save(program, key, settings.cache_dir or None)
@@ -278,9 +299,9 @@ def build(program: "Program", target: "Target", settings: Settings, report: Repo
     from .runtime import build as build_program
     from .runtime.cache import Cache
 
-    with report.stage("nvrtc"):
-        artifact = build_program(program, target, cache_dir=settings.cache_dir or None, dump_dir=report.dump or None)
-    Cache(settings.cache_dir or None).keep_to(settings.cache_mb << 20)
+    folder = settings.cache_dir or None
+    artifact = build_program(program, target, cache_dir=folder, dump_dir=report.dump or None)
+    Cache(folder).keep_to(settings.cache_mb << 20)
     report.resources = str(getattr(artifact, "resources", ""))
     return artifact
 
@@ -307,6 +328,7 @@ def _interpret(captured: "Captured", schedule: "Schedule", report: Report) -> Ca
 def _load(
     captured: "Captured",
     program: "Program",
+    artifact: Any,
     target: "Target",
     device: torch.device,
     settings: Settings,
@@ -316,7 +338,6 @@ def _load(
 ) -> Callable[..., Any]:
     from .runtime import DeviceCallable, Executable
 
-    artifact = build(program, target, settings, report)
     with report.stage("load"):
         executable = Executable(
             artifact,

@@ -109,7 +109,8 @@ def explain(
         if chosen.is_gpu:
             found.timing = predicted_rows(schedule, chosen, measured)
             program = emit(schedule, chosen, found.report, dump)
-            build(program, chosen, settings, found.report)
+            with found.report.stage("nvrtc"):
+                build(program, chosen, settings, found.report)
             found.bodies = _resources(program, chosen, settings)
 
     with torch.no_grad():
