@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,8 +137,6 @@ def test_generate_answers_and_reports_its_speed(capsys: pytest.CaptureFixture[st
 @pytest.mark.slow
 def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """The measurement itself, without a GPU: what it measures there means nothing."""
-    from argparse import Namespace
-
     from mpk_dynamo.tools import end_to_end
     from mpk_dynamo.tools.models import load
 
@@ -154,6 +155,56 @@ def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     figures = end_to_end._figures(arguments, 48, 0.5, results)
     assert "over kernel us" in end_to_end._table(figures, results) and json.dumps(figures)
+
+
+class Nvml:
+    """The library's functions that are used; each second read is 250 J more."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.reads, self.uuid = status, 0, b""
+        self.nvmlErrorString = lambda status: b"Not Supported" if status == 3 else b"Uninitialized"
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: ctypes.c_char_p, handle: Any) -> int:
+        self.uuid, handle._obj.value = uuid.value, 4321
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: ctypes.c_void_p, energy: Any) -> int:
+        assert handle.value == 4321
+        self.reads += 1
+        energy._obj.value = (1 << 40) + 250_000 * self.reads
+        return self.status
+
+
+def test_energy_is_read_from_the_driver_s_counter(monkeypatch: pytest.MonkeyPatch):
+    from mpk_dynamo.tools import end_to_end
+    from mpk_dynamo.tools.energy import EnergyMeter
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Namespace(uuid=f"12-{index}"))
+    for status, missing in ((0, ""), (3, "NVML: nvmlDeviceGetTotalEnergyConsumption: Not Supported")):
+        library = Nvml(status)
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, library=library: library)
+        meter = EnergyMeter("cuda:1")
+        assert meter.missing == missing and library.uuid == b"GPU-12-1"
+    library.status = 0
+    before = meter.joules()
+    assert meter.joules() - before == 250.0
+    now = iter(range(0, 1000, 8))  # seconds: a call of generate() takes eight
+    monkeypatch.setattr(end_to_end.time, "perf_counter", lambda: next(now))
+    joules, watts = end_to_end._energy(meter, lambda new: None, 50)
+    assert (joules, watts) == (250.0 / 100, 250.0 / 24)
+
+
+def test_without_the_driver_s_library_energy_is_missing(monkeypatch: pytest.MonkeyPatch):
+    from mpk_dynamo.tools.energy import EnergyMeter
+
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert "cannot be loaded" in EnergyMeter().missing
 
 
 def test_options_prints_the_table(capsys: pytest.CaptureFixture[str]):
