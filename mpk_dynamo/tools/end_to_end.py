@@ -138,10 +138,10 @@ def _one(
         if name == "mpk":
             _say_compiled(say)
         generate(16)  # the first calls record CUDA graphs, say
-        new = _affordable(arguments, generate(16) / 16)
-        few = new // 8
-        say(f"{name}: up to {arguments.repeats} x ({few} and {new} tokens)")
+        say(f"{name}: up to {arguments.repeats} x {arguments.new} tokens")
         first = statistics.median(generate(1) for _ in range(3))
+        new = _affordable(arguments, (generate(16) - first) / 15)
+        few = new // 8
         slopes: list[float] = []
         begin = time.perf_counter()
         while len(slopes) < arguments.repeats:
@@ -158,8 +158,9 @@ def _one(
 
 def _affordable(arguments: argparse.Namespace, token_s: float) -> int:
     """How many new tokens the longer call makes: all, or so many that the least number of repeats takes about as long
-    as it may. token_s: what a token takes, prompt included."""
-    return max(32, min(arguments.new, int(arguments.seconds / LEAST_REPEATS / token_s * 8 / 9)))
+    as it may. token_s: about what a token takes."""
+    most = arguments.seconds / LEAST_REPEATS / max(token_s, 1e-6) * 8 / 9
+    return max(32, min(arguments.new, int(most)))
 
 
 @contextlib.contextmanager
