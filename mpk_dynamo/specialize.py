@@ -177,7 +177,7 @@ def marked_sizes(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], most: 
     for expression, env in found.items():
         for symbol in expression.free_symbols:
             limits = env.var_to_range[symbol]
-            if limits.upper.is_Integer:
+            if limits.lower.is_Integer and limits.upper.is_Integer:
                 ends[symbol] = int(limits.lower), int(limits.upper)
     if len(ends) != 1:
         return []
