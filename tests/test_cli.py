@@ -157,6 +157,17 @@ def test_end_to_end_times_each_alternative(monkeypatch: pytest.MonkeyPatch, caps
     assert "over kernel us" in end_to_end._table(figures, results) and json.dumps(figures)
 
 
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from mpk_dynamo.tools import generate
+
+    def interrupted(arguments: Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupted)
+    assert main(["generate", "--model", TINY, "--prompt", "a"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
 class Nvml:
     """The library's functions that are used; each second read is 250 J more."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 when an accuracy gate fails; 2 for a mistake in the command or its values."""
+    """Exit status 0; 1 when an accuracy gate fails; 2 for a mistake in the command or its values; 130 after Ctrl-C."""
     from ..errors import LaunchError, OptionError
 
     arguments = _parser().parse_args(argv)
@@ -17,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OptionError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
