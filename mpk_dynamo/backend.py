@@ -96,7 +96,7 @@ def _compile_further(
             return compile_fixed(gm, args, settings, report)
     except Unsupported as why:
         reason = why
-    return at_present(gm, args, lambda fixed, inputs: fall_back(fixed, inputs, settings, report, reason))
+    return at_present(gm, args, lambda fixed, inputs: fall_back(fixed, inputs, settings, report, reason, further=True))
 
 
 def compile_fixed(

@@ -20,16 +20,23 @@ _log = logging.getLogger("mpk_dynamo")
 
 
 def fall_back(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report, why: Unsupported
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    report: Report,
+    why: Unsupported,
+    *,
+    further: bool = False,
 ) -> Callable[..., Any]:
-    """A callable with the graph's own semantics. Records and logs why; raises `why` with `fallback="error"`."""
+    """A callable with the graph's own semantics. Records and logs why; raises `why` with `fallback="error"`. further:
+    it is for one more size of many, which may not come again."""
     report.blame(why)
     if settings.fallback == "error":
         raise why
     choice = choice_of(settings, example_inputs)
     report.outcome = f"fallback to {choice}"
     _log.warning("%s", report.summary())
-    if why.passing and choice == "inductor" and not has_symbols(gm, example_inputs):
+    if (why.passing or further) and choice == "inductor" and not has_symbols(gm, example_inputs):
         return Deferred(gm.forward, lambda *args: compile_outside(gm, args, "inductor", report))
     return compile_outside(gm, example_inputs, choice, report)
 

@@ -138,6 +138,17 @@ def test_sizes_beyond_the_limit_run_eagerly(monkeypatch: pytest.MonkeyPatch, cap
     assert [r.calls for r in mpk_dynamo.reports()] == [1, 1, 1] and caplog.text.count("run eagerly") == 1
 
 
+def test_more_rows_than_the_kernel_takes_are_for_the_fallback() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+    compiled = torch.compile(layers, backend="mpk")
+    with torch.no_grad():
+        for rows in (16, 17, 2, 40):
+            x = torch.randn(rows, 8)
+            torch.testing.assert_close(compiled(x), layers(x))
+    assert [r.outcome.split()[0] for r in mpk_dynamo.reports()] == ["reference", "fallback", "reference", "fallback"]
+    assert "17 rows" in mpk_dynamo.reports()[1].reason
+
+
 def test_a_later_size_that_is_refused_falls_back() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         return (x[:, None] * x[None]).sum(-1).cumsum(0)

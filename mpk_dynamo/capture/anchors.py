@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .importer import Importer
 
 
+MAX_TOKENS = 16
+"""Rows that the body on tensor cores holds; more is a prefill's work."""
 COLUMN_DEPTH = 1 << 15
 """Bytes of a row of x up to which a transposed weight is streamed: a worker keeps it in shared memory."""
 
@@ -94,6 +96,8 @@ def product(imp: Importer, call: Call, x: View, weight: View, bias: View | None)
         streamed = streamed and depth * x.dtype.itemsize <= COLUMN_DEPTH
     if x.dtype is DType.F64 or not streamed:
         return _reduced(imp, call, x, weight, bias)
+    if math.prod(lead) > MAX_TOKENS:
+        raise call.refuse(f"a product of {math.prod(lead)} rows", f"up to {MAX_TOKENS} rows go to the kernel at a time")
     t, k, n = E.var("t", math.prod(lead)), E.var("k", depth), E.var("n", rows)
     token = tuple(unflatten(point(t), lead))
     result: Expr = E.acc(0)

@@ -138,7 +138,7 @@ def measure(
     try:
         _measure(build(family, published=published, device=device, **changes), found, target, steps)
     except Exception as error:  # a row of the table that says so: the others are of interest too
-        found.failure = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        found.failure = " ".join(f"{type(error).__name__}: {error}".split("\n")[:3])[:300]
     finally:
         torch._dynamo.reset()
     return found
