@@ -139,13 +139,14 @@ def test_sizes_beyond_the_limit_run_eagerly(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_more_rows_than_the_kernel_takes_are_for_the_fallback() -> None:
+    """The graph for every size goes there as a whole when it comes with too many rows at first."""
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
     compiled = torch.compile(layers, backend="mpk")
     with torch.no_grad():
         for rows in (16, 17, 2, 40):
             x = torch.randn(rows, 8)
             torch.testing.assert_close(compiled(x), layers(x))
-    assert [r.outcome.split()[0] for r in mpk_dynamo.reports()] == ["reference", "fallback", "reference", "fallback"]
+    assert [r.outcome.split()[0] for r in mpk_dynamo.reports()] == ["reference", "fallback"] and graphs() == 2
     assert "17 rows" in mpk_dynamo.reports()[1].reason
 
 
