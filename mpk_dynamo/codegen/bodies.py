@@ -175,8 +175,7 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
         f"  {TEMPLATE} MPK_DEVICE static void epilogue(Ctx& c, u32 part, int t, int n, const float (&y)[{joint}], "
         "const u32 (&held)[HOLD]) {\n" + "\n".join(cases) + "\n  }"
     )
-    call = "linear_columns" if node.transposed else "linear_mma" if geometry.slot_rows else "linear"
-    return Body("linear", call, "\n".join(lines) + "\n", tuple(operands.names))
+    return Body("linear", geometry.body, "\n".join(lines) + "\n", tuple(operands.names))
 
 
 def _columns(node: Linear, operands: Operands) -> list[str]:
@@ -200,7 +199,7 @@ def _prologue(
     """Members that compute x, `width` consecutive k at a time. What they read along k is held in registers: operands
     that nothing writes (weights of norms) are loaded before the task's events have come, the rest once, right after.
     On tensor cores, what depends on the token is held apart from what all tokens share."""
-    width, tensor_cores = 16 // weight.dtype.itemsize, geometry.slot_rows > 0
+    width, tensor_cores = 16 // weight.dtype.itemsize, geometry.body == "linear_mma"
     found = reductions(node.x)
     if found and node.t.size > 1 and not (tensor_cores or node.transposed):
         why = f"with several tokens the prologue of a {weight.dtype.value} linear may hold no reductions"
@@ -242,9 +241,10 @@ def _prologue(
         )
         return f"  struct {name} {{ {members} }};"
 
+    place = "row" if tensor_cores else "held"
+    plain = len(held) == 1 and node.x is held[0] and places == [place] and held[0].dtype is weight.dtype
     if tensor_cores:
         at_row = "Ctx& c, int t, int k0, int more, Row& row"
-        plain = len(held) == 1 and node.x is held[0] and places == ["row"] and held[0].dtype is weight.dtype
         lines += [
             struct("Column", "column"),
             struct("Row", "row"),
@@ -264,6 +264,10 @@ def _prologue(
             f"    if constexpr (FIXED) {{ {' '.join(fixed)} }}\n    else {{ {' '.join(moving)} }}\n  }}",
             f"  {TEMPLATE} MPK_DEVICE static bool poll(Ctx& c, int t, int k0, Held& held) {poll}",
         ]
+        if geometry.body == "linear_token":
+            lines.append(f"  static constexpr bool PLAIN = {'true' if plain else 'false'};")
+            if plain:
+                lines.append("  MPK_DEVICE static ptx::Vec4 plain(const Held& held) { return held.v0.raw[0]; }")
         parameters = "const Held& held"
     names: dict[Expr, str] = {node.t: "t"}
 

@@ -28,10 +28,11 @@ LANE_ROWS = 8
 
 @dataclass(frozen=True)
 class Geometry:
-    """copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row (not on tensor cores).
-    slot_rows: for tensor cores (0: not), the rows of a slot. chunk: their columns. block_rows: rows of one run where
-    rows are cut into chunks; 0: a run is a segment."""
+    """body: the task body. copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row (not
+    in linear_mma). slot_rows: in linear_mma (0: elsewhere), the rows of a slot. chunk: their columns. block_rows: rows of
+    one run where rows are cut into chunks; 0: a run is a segment."""
 
+    body: str
     copy_bytes: int
     slot_bytes: int
     warps: int = CONSUMER_WARPS
@@ -52,7 +53,7 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
             remedy="the part runs in the fallback",
         )
     if node.transposed:
-        return Geometry(0, 0)
+        return Geometry("linear_columns", 0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
         chunk = k if reductions(node.x) or k <= CHUNK else CHUNK // 2
@@ -61,15 +62,31 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
             rows //= 2
         tiles = (8 if node.t.size <= 8 else 4) // joint  # whose sums are in shared memory together
         blocks = tiles * TILE_ROWS if chunk < k else 0
-        return Geometry(piece, rows * piece, CONSUMER_WARPS, rows, chunk, blocks)
+        return Geometry("linear_mma", piece, rows * piece, CONSUMER_WARPS, rows, chunk, blocks)
     vectors = row_bytes // 16
+    body = "linear_token" if node.t.size == 1 else "linear"
     if row_bytes <= SLOT_BYTES:
-        rows, warps = _shared_out(vectors, SLOT_BYTES // row_bytes, dtype.itemsize)
-        return Geometry(rows * row_bytes, rows * row_bytes, warps)
+        share = _tiles if body == "linear_token" else _shared_out
+        rows, warps = share(vectors, SLOT_BYTES // row_bytes, dtype.itemsize)
+        return Geometry(body, rows * row_bytes, rows * row_bytes, warps)
     pieces = -(-row_bytes // SLOT_BYTES)
     while vectors % pieces:
         pieces += 1
-    return Geometry(row_bytes // pieces, row_bytes // pieces)
+    return Geometry(body, row_bytes // pieces, row_bytes // pieces)
+
+
+def _tiles(vectors: int, most: int, _: int) -> tuple[int, int]:
+    """As _shared_out for linear_token: the least products of tensor cores per row, a slot costing as much as six."""
+
+    def products(rows: int, warps: int) -> int:
+        tile = next(r for r in (1, 2, 4, 8) if r >= min(rows, 8))
+        segments = max(8 // tile, 2)
+        steps = -(-vectors // (4 * segments * warps)) * (2 if tile == 8 else 1)
+        return 2 * steps * -(-rows // (8 * (CONSUMER_WARPS // warps)))
+
+    most = min(most, 32 * CONSUMER_WARPS)  # a thread sums up a row
+    choices = [(rows, warps) for warps in (8, 4, 2, 1) for rows in range(most, 0, -1)]
+    return min(choices, key=lambda c: Fraction(products(*c) + 6, c[0]))
 
 
 def _shared_out(vectors: int, most: int, itemsize: int) -> tuple[int, int]:

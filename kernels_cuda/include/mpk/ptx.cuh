@@ -8,6 +8,17 @@ namespace mpk::ptx {
 
 struct alignas(16) Vec4 { u32 x, y, z, w; };
 
+// threadIdx.x, read where it stands: what is derived from it stays in a task body instead of in registers of the loop
+// around all of them.
+MPK_DEVICE int thread_index() {
+  int i;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(i));
+  return i;
+}
+
+// Keeps the computation of v where it stands.
+MPK_DEVICE void settle(float& v) { asm volatile("" : "+f"(v)); }
+
 // A place in shared memory as instructions take it. Working it out from a pointer reads special registers, which takes as
 // long as a short loop: such a loop keeps it, `opaque` so that the compiler does not work it out again.
 using Address = u32;

@@ -56,6 +56,8 @@ inline u32 compare_swap_system(u32* p, u32 expected, u32 desired) {
 inline void store_release_system(u32* p, u32 v) { store_release(p, v); }
 inline u64 global_timer() { return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count()); }
 inline u64 clock() { return global_timer(); }
+inline void settle(float&) {}
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
 inline Vec4 load_shared(const void* p) { return *static_cast<const Vec4*>(p); }
 inline Vec4 load_shared(Address a) { return load_shared(reinterpret_cast<const void*>(a)); }
