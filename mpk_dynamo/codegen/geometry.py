@@ -20,8 +20,6 @@ pieces of 2 KiB, while the next ones are on their way. Of a prologue that reduce
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8
-LANE_COLUMNS = 40
-"""Columns of x that a lane may hold in registers where a row could be shared by more warps."""
 LANE_ROWS = 8
 """Rows of a slot that a warp takes, at most."""
 
@@ -29,8 +27,8 @@ LANE_ROWS = 8
 @dataclass(frozen=True)
 class Geometry:
     """body: the task body. copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row (not
-    in linear_mma). slot_rows: in linear_mma (0: elsewhere), the rows of a slot. chunk: their columns. block_rows: rows of
-    one run where rows are cut into chunks; 0: a run is a segment."""
+    on tensor cores). slot_rows: for linear_mma (0: others), the rows of a slot. chunk: their columns. block_rows: rows
+    of one run where rows are cut into chunks; 0: a run is a segment."""
 
     body: str
     copy_bytes: int
@@ -67,7 +65,7 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
     body = "linear_token" if node.t.size == 1 else "linear"
     if row_bytes <= SLOT_BYTES:
         share = _tiles if body == "linear_token" else _shared_out
-        rows, warps = share(vectors, SLOT_BYTES // row_bytes, dtype.itemsize)
+        rows, warps = share(vectors, SLOT_BYTES // row_bytes)
         return Geometry(body, rows * row_bytes, rows * row_bytes, warps)
     pieces = -(-row_bytes // SLOT_BYTES)
     while vectors % pieces:
@@ -75,27 +73,27 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
     return Geometry(body, row_bytes // pieces, row_bytes // pieces)
 
 
-def _tiles(vectors: int, most: int, _: int) -> tuple[int, int]:
-    """As _shared_out for linear_token: the least products of tensor cores per row, a slot costing as much as six."""
+def _tiles(vectors: int, most: int) -> tuple[int, int]:
+    """As _shared_out, for linear_token, which takes 8 rows at a time or segments of fewer: the fewest vectors of a lane
+    per row, a slot costing as much as three."""
 
-    def products(rows: int, warps: int) -> int:
+    def of_lane(rows: int, warps: int) -> int:
         tile = next(r for r in (1, 2, 4, 8) if r >= min(rows, 8))
-        segments = max(8 // tile, 2)
-        steps = -(-vectors // (4 * segments * warps)) * (2 if tile == 8 else 1)
-        return 2 * steps * -(-rows // (8 * (CONSUMER_WARPS // warps)))
+        units = -(-vectors // (4 * max(8 // tile, 2) * warps))
+        return units * (2 if tile == 8 else 1) * -(-rows // (8 * (CONSUMER_WARPS // warps)))
 
     most = min(most, 32 * CONSUMER_WARPS)  # a thread sums up a row
     choices = [(rows, warps) for warps in (8, 4, 2, 1) for rows in range(most, 0, -1)]
-    return min(choices, key=lambda c: Fraction(products(*c) + 6, c[0]))
+    return min(choices, key=lambda c: Fraction(of_lane(*c) + 3, c[0]))
 
 
-def _shared_out(vectors: int, most: int, itemsize: int) -> tuple[int, int]:
+def _shared_out(vectors: int, most: int) -> tuple[int, int]:
     """Rows of a slot, and warps that share a row, so that a slot's vectors of 16 bytes fall evenly on all lanes: the
-    least cost per row, a slot costing as much as two vectors. Many warps a row if that is equal: a shorter prologue."""
+    least cost per row, a slot costing as much as two vectors."""
 
     def cost(rows: int, warps: int) -> Fraction | None:
         of_group, of_lane = -(-rows // (CONSUMER_WARPS // warps)), -(-vectors // (32 * warps))
-        if warps < CONSUMER_WARPS and of_lane * 16 // itemsize > LANE_COLUMNS or of_group > LANE_ROWS:
+        if of_group > LANE_ROWS:
             return None
         return Fraction(of_group * of_lane + 2, rows)
 

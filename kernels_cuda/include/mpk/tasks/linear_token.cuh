@@ -53,13 +53,6 @@ struct TokenShape {
   static_assert(N::T == 1 && PIECE_BYTES % 16 == 0 && GROUPS * WARPS == kConsumerWarps, "shape");
 };
 
-template <class E, int N>
-MPK_DEVICE void unpack(const ptx::Vec4& v, float (&out)[N]) {
-  Pack<E, N> pack;
-  pack.raw[0] = v;
-  pack.unpack(out);
-}
-
 // The stream of weights, of which a lane holds its vectors of the next tile in registers.
 template <class N, class Ctx>
 struct TokenWeights {
