@@ -14,6 +14,9 @@ from ..ir.types import Buffer
 SLOT_BYTES = 16384
 """Bytes of one copy at most: large copies stream at the full rate with few in flight (3 to 4 slots suffice)."""
 
+TOKEN_SLOT_BYTES = 24576
+"""The same of one token, whose body costs more per slot: longer rows fit whole, or more of them."""
+
 CHUNK = 2048
 """Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, in row
 pieces of 2 KiB, while the next ones are on their way. Of a prologue that reduces over rows it holds whole rows."""
@@ -26,9 +29,9 @@ LANE_ROWS = 8
 
 @dataclass(frozen=True)
 class Geometry:
-    """body: the task body. copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row (not
-    on tensor cores). slot_rows: for linear_mma (0: others), the rows of a slot. chunk: their columns. block_rows: rows
-    of one run where rows are cut into chunks; 0: a run is a segment."""
+    """body: the task body. copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row
+    (not on tensor cores). slot_rows: for linear_mma (0: others), the rows of a slot. chunk: their columns.
+    block_rows: rows of one run where rows are cut into chunks; 0: a run is a segment."""
 
     body: str
     copy_bytes: int
@@ -63,11 +66,11 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
         return Geometry("linear_mma", piece, rows * piece, CONSUMER_WARPS, rows, chunk, blocks)
     vectors = row_bytes // 16
     body = "linear_token" if node.t.size == 1 else "linear"
-    if row_bytes <= SLOT_BYTES:
-        share = _tiles if body == "linear_token" else _shared_out
-        rows, warps = share(vectors, SLOT_BYTES // row_bytes)
+    share, most = (_tiles, TOKEN_SLOT_BYTES) if body == "linear_token" else (_shared_out, SLOT_BYTES)
+    if row_bytes <= most:
+        rows, warps = share(vectors, most // row_bytes)
         return Geometry(body, rows * row_bytes, rows * row_bytes, warps)
-    pieces = -(-row_bytes // SLOT_BYTES)
+    pieces = -(-row_bytes // most)
     while vectors % pieces:
         pieces += 1
     return Geometry(body, row_bytes // pieces, row_bytes // pieces)
