@@ -128,13 +128,13 @@ def _source(
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
     # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 2 % of a step is saved;
     # larger ones spill unless each is a function.
-    def large(call: str, text: str) -> bool:
-        return call in ("linear_columns", "linear_mma") or "using Element = float;" in text
-
+    large = ("linear_columns", "linear_mma")
+    small = all(call not in large and "using Element = float;" not in text for call, text in kinds)
+    kind_of_call = "MPK_DEVICE" if small else "__device__ __noinline__"
     runs = [
-        f"{'__device__ __noinline__' if large(call, text) else 'MPK_DEVICE'} u32 run{i}(u32 turn, u32 position) "
-        f"{{ Context<Config> c(turn, position); {call}<Kind{i}>(c); return c.ring.at.pack(); }}"
-        for (call, text), i in kinds.items()
+        f"{kind_of_call} u32 run{i}(u32 turn, u32 position) {{ Context<Config> c(turn, position); "
+        f"{call}<Kind{i}>(c); return c.ring.at.pack(); }}"
+        for (call, _), i in kinds.items()
     ]
     cases = [f"      case {i}: return run{i}(turn, position);" for i in kinds.values()]
     ahead = [

@@ -226,11 +226,9 @@ def _prologue(
     for i, ld in enumerate(held):
         emitter = Emitter(buffers, operands, {node.t: "t", node.k: "k0"}, flagged=flagged, origin=node.origin)
         address, at = emitter.address(ld, node.k), f"{places[i]}.v{i}"
-        # a constant part of k kept apart becomes part of the instruction
-        step = "k0 + more" if places[i] == "row" else "k0"
-        (fixed if early(ld) else moving).append(f"{{ {' '.join(emitter.lines)} {at}.load({address} + {step}); }}")
+        (fixed if early(ld) else moving).append(f"{{ {' '.join(emitter.lines)} {at}.load({address} + k0); }}")
         if packs[i] == "FlaggedPack":
-            polled.append(f"{{ {' '.join(emitter.lines)} complete = {at}.poll({address} + {step}) && complete; }}")
+            polled.append(f"{{ {' '.join(emitter.lines)} complete = {at}.poll({address} + k0) && complete; }}")
     poll = f"{{ bool complete = true; {' '.join(polled)} return complete; }}"
 
     def struct(name: str, place: str) -> str:
@@ -244,15 +242,14 @@ def _prologue(
     place = "row" if tensor_cores else "held"
     plain = len(held) == 1 and node.x is held[0] and places == [place] and held[0].dtype is weight.dtype
     if tensor_cores:
-        at_row = "Ctx& c, int t, int k0, int more, Row& row"
         lines += [
             struct("Column", "column"),
             struct("Row", "row"),
             f"  static constexpr bool PLAIN = {'true' if plain else 'false'}, "
             f"FLAGGED = {'true' if polled else 'false'};",
             f"  {TEMPLATE} MPK_DEVICE static void load_column(Ctx& c, int k0, Column& column) {{ {' '.join(fixed)} }}",
-            f"  {TEMPLATE} MPK_DEVICE static void load_row({at_row}) {{ {' '.join(moving)} }}",
-            f"  {TEMPLATE} MPK_DEVICE static bool poll_row({at_row}) {poll}",
+            f"  {TEMPLATE} MPK_DEVICE static void load_row(Ctx& c, int t, int k0, Row& row) {{ {' '.join(moving)} }}",
+            f"  {TEMPLATE} MPK_DEVICE static bool poll_row(Ctx& c, int t, int k0, Row& row) {poll}",
         ]
         if plain:
             return [*lines, "  MPK_DEVICE static ptx::Vec4 plain(const Row& row) { return row.v0.raw[0]; }"]

@@ -18,8 +18,8 @@ TOKEN_SLOT_BYTES = 24576
 """The same of one token, whose body costs more per slot: longer rows fit whole, or more of them."""
 
 CHUNK = 2048
-"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, in row
-pieces of 2 KiB, while the next ones are on their way. Of a prologue that reduces over rows it holds whole rows."""
+"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, row
+pieces of 2 KiB, which stream at nearly the full rate. Of a prologue that reduces over rows it holds whole rows."""
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8

@@ -122,8 +122,8 @@ def test_one_token_at_real_widths(width: int, inner: int, dtype: torch.dtype, fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [2, 4, 8, 11, 16])
-@pytest.mark.parametrize(("width", "inner"), [(2048, 200), (1000, 2560), (2560, 72), (200, 5200)])
+@pytest.mark.parametrize("tokens", [2, 8, 11, 16])
+@pytest.mark.parametrize(("width", "inner"), [(2048, 200), (1000, 2560), (2560, 72), (200, 5200), (576, 1536)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_several_tokens_at_real_widths(tokens: int, width: int, inner: int, dtype: torch.dtype, folder: Path) -> None:
     """Norms in the prologue and before it, whole rows and chunks of them, chunks and last tiles that are not full."""

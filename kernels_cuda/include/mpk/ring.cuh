@@ -37,7 +37,6 @@ template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
   alignas(128) char slot[SLOTS][SLOT_BYTES];
   u64 full[SLOTS], empty[SLOTS];
-  static constexpr u32 BYTES = SLOT_BYTES, FULL = SLOTS * BYTES, EMPTY = FULL + SLOTS * 8;  // where they are
   Hint waiting;  // the consumers have nothing to do but wait for an event
 
   MPK_DEVICE void init() {
@@ -96,45 +95,10 @@ struct RingReader {
     while (!ptx::mbarrier_test(&ring.full[which.index], which.phase) && !health.aborted) {}
     return ring.slot[which.index];
   }
-  MPK_DEVICE void release() {
+  MPK_DEVICE void release(int slots = 1) {
     __syncwarp();
-    if (arrives()) ptx::mbarrier_arrive(&ring.empty[at.index]);
-    at.next();
-  }
-  // Several slots that are consumed together, MOST at most: whether those behind the next `skip` are there, waiting for the
-  // first `count`, and handing them back. base: address of the ring.
-  template <int MOST> MPK_DEVICE bool look(ptx::Address base, int skip) const {
-    bool all = true;
-    u32 index = at.index + static_cast<u32>(skip), phase = at.phase;
-#pragma unroll
-    for (int i = 0; i < MOST; ++i, ++index) {
-      if (index >= SLOTS) {
-        index -= SLOTS;
-        phase ^= 1;
-      }
-      all = ptx::mbarrier_look(base + R::FULL + index * 8, phase) && all;
-    }
-    return all;
-  }
-  template <int MOST> MPK_DEVICE void await(ptx::Address base, int count) const {
-    auto which = at;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i, which.next())
-      while (!ptx::mbarrier_test(base + R::FULL + which.index * 8, which.phase) && !health.aborted) {}
-  }
-  template <int MOST> MPK_DEVICE void release(ptx::Address base, int count) {
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < MOST; ++i)
-      if (i < count) {
-        if (arrives()) ptx::mbarrier_arrive(base + R::EMPTY + at.index * 8);
-        at.next();
-      }
-  }
-  // Address of the slot `ahead` of the next one.
-  MPK_DEVICE ptx::Address address(ptx::Address base, u32 ahead) const {
-    const u32 i = at.index + ahead;
-    return base + (i < SLOTS ? i : i - SLOTS) * R::BYTES;
+    for (int i = 0; i < slots; ++i, at.next())
+      if (arrives()) ptx::mbarrier_arrive(&ring.empty[at.index]);
   }
 };
 

@@ -210,9 +210,6 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; ++i) r |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
   return r;
 }
-inline unsigned __vmaxu2(unsigned a, unsigned b) {
-  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a & 0xffff0000u, b & 0xffff0000u);
-}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class T, class V> T atomicAdd(T* p, V v) { return __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_SEQ_CST); }
 

@@ -8,9 +8,7 @@ namespace mpk::ptx {
 
 struct alignas(16) Vec4 { u32 x, y, z, w; };
 
-using Address = u64;
-inline Address shared_address(const void* p) { return reinterpret_cast<unsigned long long>(p); }
-inline Address opaque(Address a) { return a; }
+inline u32 shared_address(const void* p) { return static_cast<u32>(reinterpret_cast<unsigned long long>(p)); }
 
 inline void mbarrier_init(u64* bar, u32 count) {
   host::mbarrier(reinterpret_cast<unsigned long long*>(bar)) = {0, count, count, 0};
@@ -20,15 +18,12 @@ inline void mbarrier_arrive(u64* bar) {
   --m.pending;
   host::complete(m);
 }
-inline void mbarrier_arrive(Address bar) { mbarrier_arrive(reinterpret_cast<u64*>(bar)); }
 inline bool mbarrier_look(u64* bar, u32 parity) { return host::mbarrier(reinterpret_cast<unsigned long long*>(bar)).phase != parity; }
 inline bool mbarrier_test(u64* bar, u32 parity) {
   if (mbarrier_look(bar, parity)) return true;
   host::poll();
   return false;
 }
-inline bool mbarrier_look(Address bar, u32 parity) { return mbarrier_look(reinterpret_cast<u64*>(bar), parity); }
-inline bool mbarrier_test(Address bar, u32 parity) { return mbarrier_test(reinterpret_cast<u64*>(bar), parity); }
 inline void mbarrier_expect(u64* bar, u32 bytes) {
   host::mbarrier(reinterpret_cast<unsigned long long*>(bar)).bytes += static_cast<int>(bytes);
   mbarrier_arrive(bar);
@@ -60,7 +55,6 @@ inline void settle(float&) {}
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
 inline Vec4 load_shared(const void* p) { return *static_cast<const Vec4*>(p); }
-inline Vec4 load_shared(Address a) { return load_shared(reinterpret_cast<const void*>(a)); }
 inline Vec4 load_global(const void* p) { return *static_cast<const Vec4*>(p); }
 inline Vec4 load_weight(const void* p) { return *static_cast<const Vec4*>(p); }
 inline void prefetch_l2(const void*) {}
