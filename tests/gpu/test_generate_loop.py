@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import copy
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -116,18 +115,11 @@ def test_ctrl_c_ends_launches_of_any_length() -> None:
         return StaticCache(config=model.config, max_cache_len=capacity)
 
     expected = generate(20, empty())
-    begin = time.perf_counter()
-    generate(25_002, empty())
-    whole = time.perf_counter() - begin
     cache = empty()
     timer = threading.Timer(0.2, _thread.interrupt_main)
     timer.start()
-    begin = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         generate(50_002, cache)
-    took = time.perf_counter() - begin
-    assert whole > 0.4, "too quick to tell"
-    assert took < 0.2 + 0.4 * whole
     assert 8 < int(cache.layers[0].cumulative_length) < 25_000, "it ends within the first launch"
     assert torch.equal(generate(20, empty()), expected)
 
