@@ -45,8 +45,9 @@ MPK_DEVICE void hand_over(const u32* from, u32* wrong, u32 rounds) {
       if (ordered) while (!ptx::mbarrier_test(&empty, (round & 1) ^ 1)) {}
       if (bulk) {
         if (lane == 0) {
-          ptx::mbarrier_expect(&full, sizeof(buffer));
-          ptx::bulk_copy(buffer, from + round * kHandedWords, sizeof(buffer), &full, ptx::policy_evict_first());
+          ptx::mbarrier_expect(ptx::shared_address(&full), sizeof(buffer));
+          ptx::bulk_copy(ptx::shared_address(buffer), from + round * kHandedWords, sizeof(buffer), ptx::shared_address(&full),
+                         ptx::policy_evict_first());
         }
       } else {
         for (u32 i = lane; i < kHandedWords; i += 32) buffer[i] = from[round * kHandedWords + i];

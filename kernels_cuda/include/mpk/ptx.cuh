@@ -19,36 +19,45 @@ MPK_DEVICE int thread_index() {
 // Keeps the computation of v where it stands.
 MPK_DEVICE void settle(float& v) { asm volatile("" : "+f"(v)); }
 
-MPK_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+// A place in shared memory as instructions take it. Working it out from a pointer reads special registers, which takes as
+// long as a short loop: such a loop keeps it, `opaque` so that the compiler does not work it out again.
+using Address = u32;
+MPK_DEVICE Address shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+MPK_DEVICE Address opaque(Address a) {
+  asm("" : "+r"(a));
+  return a;
+}
 
 MPK_DEVICE void mbarrier_init(u64* bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
-MPK_DEVICE void mbarrier_arrive(u64* bar) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(bar)) : "memory");
+MPK_DEVICE void mbarrier_arrive(Address bar) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(bar) : "memory");
 }
+MPK_DEVICE void mbarrier_arrive(u64* bar) { mbarrier_arrive(shared_address(bar)); }
 // Without ever suspending the thread.
-MPK_DEVICE bool mbarrier_look(u64* bar, u32 parity) {
+MPK_DEVICE bool mbarrier_look(Address bar, u32 parity) {
   u32 done;
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
   return done;
 }
-MPK_DEVICE bool mbarrier_test(u64* bar, u32 parity) {
+MPK_DEVICE bool mbarrier_look(u64* bar, u32 parity) { return mbarrier_look(shared_address(bar), parity); }
+MPK_DEVICE bool mbarrier_test(Address bar, u32 parity) {
 #if __CUDA_ARCH__ >= 900
   u32 done;
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
   return done;
 #else
   return mbarrier_look(bar, parity);
 #endif
 }
+MPK_DEVICE bool mbarrier_test(u64* bar, u32 parity) { return mbarrier_test(shared_address(bar), parity); }
 
 #if __CUDA_ARCH__ >= 900
-MPK_DEVICE void mbarrier_expect(u64* bar, u32 bytes) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }"
-               ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+MPK_DEVICE void mbarrier_expect(Address bar, u32 bytes) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" ::"r"(bar), "r"(bytes) : "memory");
 }
 MPK_DEVICE u64 policy_evict_first() {
   u64 policy;
@@ -56,10 +65,10 @@ MPK_DEVICE u64 policy_evict_first() {
   return policy;
 }
 // Bulk copy of bytes (a multiple of 16, both ends 16-byte aligned); completes on bar's transaction count.
-MPK_DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* bar, u64 policy) {
+MPK_DEVICE void bulk_copy(Address to, const void* from, u32 bytes, Address bar, u64 policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy) : "memory");
+      ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
 #else
 MPK_DEVICE void async_copy16(void* to, const void* from) {
@@ -124,11 +133,12 @@ MPK_DEVICE u64 global_timer() {
   return t;
 }
 
-MPK_DEVICE Vec4 load_shared(const void* p) {
+MPK_DEVICE Vec4 load_shared(Address a) {
   Vec4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(p)));
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
   return v;
 }
+MPK_DEVICE Vec4 load_shared(const void* p) { return load_shared(shared_address(p)); }
 // Data another SM wrote in this launch: ordinary, coherent loads (never .nc); ordered by the acquire of the event.
 MPK_DEVICE Vec4 load_global(const void* p) {
   Vec4 v;

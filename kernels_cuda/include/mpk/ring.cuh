@@ -37,6 +37,7 @@ template <u32 SLOTS, u32 SLOT_BYTES>
 struct Ring {
   alignas(128) char slot[SLOTS][SLOT_BYTES];
   u64 full[SLOTS], empty[SLOTS];
+  static constexpr u32 BYTES = SLOT_BYTES, FULL = SLOTS * BYTES, EMPTY = FULL + SLOTS * 8;  // where they are
   Hint waiting;  // the consumers have nothing to do but wait for an event
 
   MPK_DEVICE void init() {
@@ -111,23 +112,42 @@ struct RingWriter {
   Cursor<SLOTS> at, landed;
   u32 in_flight = 0;
   u32 waiting = 0;  // read a copy ahead: looking just before the copy cost 13 % of the stream
+  ptx::Address base;  // of the ring
   // More slots in flight than the ring has would let `landed` fall a revolution behind: one bit of phase.
   MPK_DEVICE RingWriter(R& r, Health& h, u32 f, u32 fw)
-      : ring(r), health(h), flight(max(1u, min(f, SLOTS))), flight_waiting(max(1u, min(fw, SLOTS))) {}
+      : ring(r), health(h), flight(max(1u, min(f, SLOTS))), flight_waiting(max(1u, min(fw, SLOTS))),
+        base(ptx::opaque(ptx::shared_address(&r))) {}
 
+  // Both barriers are asked before either answer is needed: an answer takes 0.1 us.
   MPK_DEVICE bool acquire() {
-    if (!wait_barrier(ring, &ring.empty[at.index], at.phase ^ 1, health, kRingRelease, at.index)) return false;
     const u32 limit = waiting ? flight_waiting : flight;
+    const bool free = ptx::mbarrier_look(base + R::EMPTY + at.index * 8, at.phase ^ 1);
+    const bool oldest = ptx::mbarrier_look(base + R::FULL + landed.index * 8, landed.phase);
+    if (!free && !wait_barrier(ring, &ring.empty[at.index], at.phase ^ 1, health, kRingRelease, at.index)) return false;
+    if (in_flight < limit) return true;
+    if (oldest) pass();
     while (in_flight >= limit)
       if (!retire()) return false;
     return true;
   }
-  MPK_DEVICE bool retire() {
-    if (!wait_barrier(ring, &ring.full[landed.index], landed.phase, health, kRingFill, landed.index)) return false;
+  MPK_DEVICE void pass() {
     landed.next();
     --in_flight;
+  }
+  MPK_DEVICE bool retire() {
+    if (!wait_barrier(ring, &ring.full[landed.index], landed.phase, health, kRingFill, landed.index)) return false;
+    pass();
     return true;
   }
+  MPK_DEVICE ptx::Address slot() const { return base + at.index * R::BYTES; }
+  MPK_DEVICE ptx::Address full() const { return base + R::FULL + at.index * 8; }
+#if __CUDA_ARCH__ >= 900
+  MPK_DEVICE void copy(const char* from, u32 bytes, u64 policy) {
+    ptx::mbarrier_expect(full(), bytes);
+    ptx::bulk_copy(slot(), from, bytes, full(), policy);
+    issued();
+  }
+#endif
   MPK_DEVICE void issued() {
     at.next();
     ++in_flight;
@@ -150,24 +170,21 @@ struct ResolvedRun {
 };
 
 #if __CUDA_ARCH__ >= 900
-// One thread issues. Its own instructions are on the critical path: nothing here but adds and compares.
+// One thread issues. Its own instructions are on the critical path: nothing here but adds and compares, on registers (a
+// word of the run from shared memory takes as long as ten of them).
 template <class W>
-MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
+MPK_DEVICE bool load_run(W& w, const ResolvedRun run, u64 policy) {
+  const char *a = run.base[0], *b = run.base[1];
   if (!run.tiled) {
-    const char *a = run.base[0], *b = run.base[1];
     u32 left = run.rows * run.row_bytes;
     while (left) {
       const u32 n = min(left, run.copy);
       if (!w.acquire()) return false;
-      ptx::mbarrier_expect(&w.ring.full[w.at.index], n);
-      ptx::bulk_copy(w.ring.slot[w.at.index], a, n, &w.ring.full[w.at.index], policy);
-      w.issued();
+      w.copy(a, n, policy);
       a += n;
       if (b) {
         if (!w.acquire()) return false;
-        ptx::mbarrier_expect(&w.ring.full[w.at.index], n);
-        ptx::bulk_copy(w.ring.slot[w.at.index], b, n, &w.ring.full[w.at.index], policy);
-        w.issued();
+        w.copy(b, n, policy);
         b += n;
       }
       left -= n;
@@ -176,25 +193,29 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64 policy) {
   }
   for (u32 column = 0; column < run.row_bytes; column += run.copy) {
     const u32 n = min(run.copy, run.row_bytes - column);
-    for (u32 row = 0; row < run.rows; row += kTileRows) {
-      const u32 last = min(row + kTileRows, run.rows);
-      for (u32 j = 0; j < 2 && run.base[j]; ++j) {
-        const char* from = run.base[j] + static_cast<u64>(row) * run.row_bytes + column;
-        for (u32 r = row; r < last; r += run.tiled) {
-          const u32 m = min(run.tiled, last - r);
+    const char* from[2] = {a + column, b ? b + column : nullptr};
+    for (u32 left = run.rows; left; left -= min(left, kTileRows)) {
+#pragma unroll 1
+      for (u32 j = 0; j < 2; ++j) {
+        const char* at = j ? from[1] : from[0];
+        if (!at) break;
+        for (u32 rest = min(left, kTileRows); rest;) {
+          const u32 m = min(run.tiled, rest);
           if (!w.acquire()) return false;
-          u64* bar = &w.ring.full[w.at.index];
-          char* to = w.ring.slot[w.at.index];
-          ptx::mbarrier_expect(bar, n * m);
           if (n == run.row_bytes) {  // whole rows
-            ptx::bulk_copy(to, from, n * m, bar, policy);
-            from += n * m;
+            w.copy(at, n * m, policy);
+            at += n * m;
           } else {
+            ptx::mbarrier_expect(w.full(), n * m);
+            ptx::Address to = w.slot();
 #pragma unroll 4
-            for (u32 i = 0; i < m; ++i, from += run.row_bytes, to += run.copy) ptx::bulk_copy(to, from, n, bar, policy);
+            for (u32 i = 0; i < m; ++i, at += run.row_bytes, to += run.copy) ptx::bulk_copy(to, at, n, w.full(), policy);
+            w.issued();
           }
-          w.issued();
+          rest -= m;
         }
+        if (j) from[1] = at;
+        else from[0] = at;
       }
     }
   }

@@ -8,7 +8,9 @@ namespace mpk::ptx {
 
 struct alignas(16) Vec4 { u32 x, y, z, w; };
 
-inline u32 shared_address(const void* p) { return static_cast<u32>(reinterpret_cast<unsigned long long>(p)); }
+using Address = u64;
+inline Address shared_address(const void* p) { return reinterpret_cast<unsigned long long>(p); }
+inline Address opaque(Address a) { return a; }
 
 inline void mbarrier_init(u64* bar, u32 count) {
   host::mbarrier(reinterpret_cast<unsigned long long*>(bar)) = {0, count, count, 0};
@@ -18,19 +20,22 @@ inline void mbarrier_arrive(u64* bar) {
   --m.pending;
   host::complete(m);
 }
+inline void mbarrier_arrive(Address bar) { mbarrier_arrive(reinterpret_cast<u64*>(bar)); }
 inline bool mbarrier_look(u64* bar, u32 parity) { return host::mbarrier(reinterpret_cast<unsigned long long*>(bar)).phase != parity; }
 inline bool mbarrier_test(u64* bar, u32 parity) {
   if (mbarrier_look(bar, parity)) return true;
   host::poll();
   return false;
 }
-inline void mbarrier_expect(u64* bar, u32 bytes) {
+inline bool mbarrier_look(Address bar, u32 parity) { return mbarrier_look(reinterpret_cast<u64*>(bar), parity); }
+inline bool mbarrier_test(Address bar, u32 parity) { return mbarrier_test(reinterpret_cast<u64*>(bar), parity); }
+inline void mbarrier_expect(Address bar, u32 bytes) {
   host::mbarrier(reinterpret_cast<unsigned long long*>(bar)).bytes += static_cast<int>(bytes);
   mbarrier_arrive(bar);
 }
 inline u64 policy_evict_first() { return 0; }
-inline void bulk_copy(void* to, const void* from, u32 bytes, u64* bar, u64) {
-  host::cta->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, reinterpret_cast<unsigned long long*>(bar)});
+inline void bulk_copy(Address to, const void* from, u32 bytes, Address bar, u64) {
+  host::cta->copies.push_back({reinterpret_cast<char*>(to), static_cast<const char*>(from), bytes, reinterpret_cast<unsigned long long*>(bar)});
 }
 inline void fence_mbarrier_init() {}
 inline void barrier(u32 id, u32 threads) { host::meet(host::cta->named[id], threads); }
@@ -55,6 +60,7 @@ inline void settle(float&) {}
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
 inline Vec4 load_shared(const void* p) { return *static_cast<const Vec4*>(p); }
+inline Vec4 load_shared(Address a) { return load_shared(reinterpret_cast<const void*>(a)); }
 inline Vec4 load_global(const void* p) { return *static_cast<const Vec4*>(p); }
 inline Vec4 load_weight(const void* p) { return *static_cast<const Vec4*>(p); }
 inline void prefetch_l2(const void*) {}
