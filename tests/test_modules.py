@@ -147,7 +147,8 @@ def test_encoder(device: str, implementation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masks", ["none", "source", "padding", "both"])
 @pytest.mark.parametrize(("norm_first", "activation"), [(True, "gelu"), (False, "relu")])
 def test_encoder_of_pytorch(device: str, masks: str, norm_first: bool, activation: str) -> None:
-    """torch.nn's own, which hands a whole layer to one operator."""
+    """torch.nn's own, which hands a whole layer to one operator. Judged by the CPU's: CUDA's takes GELU by its tanh
+    form whatever the module asks for, 4e-5 off."""
     torch.manual_seed(0)
     module = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first, activation=activation)
     module.to(device).eval()
@@ -157,8 +158,10 @@ def test_encoder_of_pytorch(device: str, masks: str, norm_first: bool, activatio
     if masks in ("padding", "both"):
         given["src_key_padding_mask"] = torch.arange(7, device=device) >= torch.tensor([[7], [5]], device=device)
     compiled = torch.compile(module, backend="mpk", options=STRICT)
+    reference = copy.deepcopy(module).cpu()
     with torch.no_grad():
-        assert_near(compiled(x, **given), module(x, **given))
+        expected = reference(x.cpu(), **{name: mask.cpu() for name, mask in given.items()})
+        assert_near(compiled(x, **given), expected.to(device))
     assert programs(device) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -65,6 +66,13 @@ class Sampling:
         return frozenset(found)
 
 
+@functools.cache
+def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+    """Made before anything is launched, since making one may wait for the device; of a priority of its own, since
+    streams of one priority share hardware queues, where a copy stands behind the launches of another stream."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 @dataclass
 class LoopState:
     """The tensors of one generation, all on one device; made by `create`. A launch reads and writes them in place.
@@ -82,6 +90,7 @@ class LoopState:
     inputs: dict[str, torch.Tensor] = field(repr=False)
     _all_tokens: torch.Tensor = field(repr=False)
     _one: torch.Tensor = field(repr=False)
+    _aside: torch.cuda.Stream | None = field(repr=False)
     known: tuple[int, bool] | None = None
     """What `read` said last, None when that may have changed."""
     most: int = 0
@@ -139,15 +148,17 @@ class LoopState:
             inputs["loop.least"] = integers(sampling.min_new_tokens)
             inputs["loop.barred"] = torch.zeros(vocab, dtype=torch.bool, device=device)
             inputs["loop.barred"][[i for i in barred if 0 <= i < vocab]] = True
+        counters = torch.zeros(4, dtype=torch.int64, device=device)
         state = cls(
             tokens=everything[:, :max_steps],
             finished=torch.zeros(batch, dtype=torch.bool, device=device),
-            counters=torch.zeros(4, dtype=torch.int64, device=device),
+            counters=counters,
             seen=None,
             sampling=sampling,
             inputs=inputs,
             _all_tokens=everything,
-            _one=torch.ones(1, dtype=torch.int64, pin_memory=device.type == "cuda"),
+            _one=torch.ones(1, dtype=torch.int64, pin_memory=counters.is_cuda),
+            _aside=_stream_aside(counters.device) if counters.is_cuda else None,
             known=(0, False),
         )
         if "penalty" in sampling.stages:
@@ -203,10 +214,9 @@ class LoopState:
         if not self.counters.is_cuda:
             self.counters[1:] = 1
             return
-        aside = torch.cuda.Stream(self.counters.device)  # this stream's turn comes after the launches
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(self._aside):  # the current stream's turn comes after the launches
             self.counters[3:].copy_(self._one, non_blocking=True)
-        aside.synchronize()
+        self._aside.synchronize()
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """[B, V] fp32: the next token's logits after the repetition penalty, min_new_tokens and the temperature."""
