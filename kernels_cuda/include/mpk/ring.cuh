@@ -118,14 +118,15 @@ struct RingWriter {
       : ring(r), health(h), flight(max(1u, min(f, SLOTS))), flight_waiting(max(1u, min(fw, SLOTS))),
         base(ptx::opaque(ptx::shared_address(&r))) {}
 
-  // Both barriers are asked before either answer is needed: an answer takes 0.1 us.
-  MPK_DEVICE bool acquire() {
+  // Until a slot is free and another copy may be in flight. AT_ONCE: both barriers are asked before either answer is
+  // needed, since an answer takes 0.1 us: 15 % of a step where copies are many and small (tiles), -1 to -3 % where they
+  // are not (docs/benchmarks.md).
+  template <bool AT_ONCE> MPK_DEVICE bool acquire() {
     const u32 limit = waiting ? flight_waiting : flight;
-    const bool free = ptx::mbarrier_look(base + R::EMPTY + at.index * 8, at.phase ^ 1);
-    const bool oldest = ptx::mbarrier_look(base + R::FULL + landed.index * 8, landed.phase);
+    const bool free = AT_ONCE && ptx::mbarrier_look(base + R::EMPTY + at.index * 8, at.phase ^ 1);
+    const bool oldest = AT_ONCE && ptx::mbarrier_look(base + R::FULL + landed.index * 8, landed.phase);
     if (!free && !wait_barrier(ring, &ring.empty[at.index], at.phase ^ 1, health, kRingRelease, at.index)) return false;
-    if (in_flight < limit) return true;
-    if (oldest) pass();
+    if (in_flight >= limit && oldest) pass();
     while (in_flight >= limit)
       if (!retire()) return false;
     return true;
@@ -179,11 +180,11 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun run, u64 policy) {
     u32 left = run.rows * run.row_bytes;
     while (left) {
       const u32 n = min(left, run.copy);
-      if (!w.acquire()) return false;
+      if (!w.template acquire<false>()) return false;
       w.copy(a, n, policy);
       a += n;
       if (b) {
-        if (!w.acquire()) return false;
+        if (!w.template acquire<false>()) return false;
         w.copy(b, n, policy);
         b += n;
       }
@@ -201,7 +202,7 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun run, u64 policy) {
         if (!at) break;
         for (u32 rest = min(left, kTileRows); rest;) {
           const u32 m = min(run.tiled, rest);
-          if (!w.acquire()) return false;
+          if (!w.template acquire<true>()) return false;
           if (n == run.row_bytes) {  // whole rows
             w.copy(at, n * m, policy);
             at += n * m;
@@ -235,7 +236,7 @@ MPK_DEVICE bool load_run(W& w, const ResolvedRun& run, u64) {
       // without tiles joint weights alternate slot by slot, and so they do here
       for (u32 j = 0; j < 2 && run.base[j]; ++j) {
         for (u32 r = row; r < last; r += step) {
-          if (!w.acquire()) return false;
+          if (!w.template acquire<false>()) return false;
           const char* from = run.base[j] + static_cast<u64>(r) * run.row_bytes + column;
           char* to = w.ring.slot[w.at.index];
           for (u32 k = r; k < min(r + step, last); ++k, from += run.row_bytes, to += run.copy)
