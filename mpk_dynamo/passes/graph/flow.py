@@ -181,6 +181,12 @@ class Flow:
         self._forget(i)
         self._before.pop(i, None)
 
+    def postpone_unneeded(self, before: int) -> None:
+        """Let nodes that no other has to wait for stand just before node `before`, where they may."""
+        needed = {p for i in self._nodes for p in self._predecessors(i)}
+        for i in self._nodes.keys() - needed - {before}:
+            self._place[i] = max(self._place[i], self._place[before] - 0.5)
+
     def graph(self, provenance: str) -> Graph:
         """The edited graph in a valid order, as close to the old one as possible."""
         order = self.order()
