@@ -40,16 +40,18 @@ def segments(tile: tuple[int, ...]) -> list[Segment]:
 
 def cut_rows(parts: tuple[LinearPart, ...], workers: int, granularity: int, phase: int) -> list[list[Segment]]:
     """Contiguous ranges of the concatenated parts with equal weight bytes, one per worker (fewer when there are
-    fewer blocks of `granularity` rows). When blocks do not divide evenly, the workers from `phase` on get one more."""
+    fewer blocks of `granularity` rows). When blocks do not divide evenly, the workers from `phase` on get one more.
+    Where the parts can have workers of their own, no range goes over two of them: such a worker is the last to end."""
     blocks = [-(-p.rows // granularity) for p in parts]
     weight = [len(p.weights) for p in parts]
     total = sum(blocks)
     tasks = max(1, min(workers, total))
     if len(set(weight)) == 1:
-        base, extra = divmod(total, tasks)
         cuts = [0]
-        for w in range(tasks):
-            cuts.append(cuts[-1] + base + ((w - phase) % tasks < extra))
+        for count, ranges in zip(blocks, own, strict=True) if (own := _own_tasks(blocks, tasks)) else [(total, tasks)]:
+            base, extra = divmod(count, ranges)
+            for w in range(ranges):
+                cuts.append(cuts[-1] + base + ((w - phase) % ranges < extra))
     else:
         cuts = _balanced_cuts([w for n, w in zip(blocks, weight, strict=True) for _ in range(n)], tasks)
     out = []
@@ -63,6 +65,17 @@ def cut_rows(parts: tuple[LinearPart, ...], workers: int, granularity: int, phas
             offset += blocks[i]
         out.append(task)
     return out
+
+
+def _own_tasks(blocks: list[int], tasks: int) -> list[int]:
+    """Tasks of each part, when the parts can share them out so that none has fewer blocks than an equal share rounded
+    down or more than that rounded up; otherwise none."""
+    total = sum(blocks)
+    own = [n * tasks // total for n in blocks]
+    for i in sorted(range(len(blocks)), key=lambda i: -(blocks[i] * tasks % total))[: tasks - sum(own)]:
+        own[i] += 1
+    least, most = total // tasks, -(-total // tasks)
+    return own if all(w and least <= n // w and -(-n // w) <= most for n, w in zip(blocks, own, strict=True)) else []
 
 
 def _balanced_cuts(weights: list[int], tasks: int) -> list[int]:
