@@ -26,7 +26,7 @@ MAX_SLOTS = 16
 THREADS = 320
 """8 consumer warps, the loader warp and the control warp."""
 
-FIXED_SHARED = 4096
+FIXED_SHARED = 3072
 """Bytes of shared memory for descriptors, barriers and alignment; the generated unit asserts that they fit."""
 
 

@@ -37,17 +37,19 @@ struct TokenShape {
     static constexpr int VECTOR = TokenShape::VECTOR, VECTORS = N::K / VECTOR, LANES = static_cast<int>(kConsumers), PIECES = 1;
     static constexpr int PER_THREAD = (VECTORS + LANES - 1) / LANES;
   };
-  // Of a row, a warp leaves the sums of LEFT lanes in shared memory, as many as keep a block's in 8 KiB.
+  // Of a row, a warp leaves the sums of LEFT lanes in shared memory, a block of rows at a time.
+  static constexpr int PARTIAL_MOST = 7936;  // bytes of a block; with 8192 an x of 24 KiB would cost a slot of the ring
   static constexpr int LEFT = SEGMENTS * N::JOINT <= 2 ? 4 * SEGMENTS : SEGMENTS;
   static constexpr int ROW_SUMS = N::JOINT * WARPS * LEFT;
   static constexpr int STRIDE = ROW_SUMS + 4;  // other banks each row
   static constexpr int MOST = LEFT < 8 ? LEFT : 8, FIT = pow2_at_most(static_cast<int>(kConsumers) / SLOT_ROWS);
   static constexpr int READERS = MOST < FIT ? MOST : FIT;  // threads that sum up a row
-  static constexpr int BUDGET = 8192 / (STRIDE * 4), READ = static_cast<int>(kConsumers) / READERS;
+  static constexpr int BUDGET = PARTIAL_MOST / (STRIDE * 4), READ = static_cast<int>(kConsumers) / READERS;
   static constexpr int LIMIT = BUDGET < READ ? BUDGET : READ;
   static constexpr int BLOCK_ROWS = LIMIT < SLOT_ROWS ? SLOT_ROWS : LIMIT / SLOT_ROWS * SLOT_ROWS;
   static constexpr int PARTIAL_BYTES = BLOCK_ROWS * STRIDE * 4;
-  static constexpr int SCRATCH = 128 + 2 * PARTIAL_BYTES + (ROW_BYTES + 15) / 16 * 16;  // two blocks: one barrier each
+  // Two blocks, one barrier each. x lies where the second will: its first sums come when all have read x.
+  static constexpr int SCRATCH = 128 + PARTIAL_BYTES + (PARTIAL_BYTES > ROW_BYTES ? PARTIAL_BYTES : (ROW_BYTES + 15) / 16 * 16);
   static_assert(BLOCK_ROWS <= READ, "a block is summed up at once");
   static_assert(PIECES > 1 ? PIECES * N::COPY_BYTES == ROW_BYTES : SLOT_ROWS * ROW_BYTES == N::COPY_BYTES, "copies");
   static_assert(N::T == 1 && PIECE_BYTES % 16 == 0 && GROUPS * WARPS == kConsumerWarps, "shape");
@@ -120,7 +122,7 @@ MPK_DEVICE void linear_token(Ctx& c) {
   using E = typename N::Element;
   const int thread = ptx::thread_index(), warp = thread / 32, lane = thread & 31;
   float* const partial = reinterpret_cast<float*>(c.scratch() + 128);
-  char* const shared_x = c.scratch() + 128 + 2 * S::PARTIAL_BYTES;
+  char* const shared_x = c.scratch() + 128 + S::PARTIAL_BYTES;
   const int mine = thread / S::READERS, sub = thread % S::READERS;  // the row of a block that this thread sums up
   TokenWeights<N, Ctx> weights(c, warp, lane);
   u32 kept[N::HOLD];
