@@ -171,6 +171,8 @@ def run(arguments: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - begin:5.0f} s] {text}", file=sys.stderr, flush=True)
 
+    # PyTorch keeps a plan of cuDNN's attention for each new length of an eager prefill: growth that is not ours
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model = load(arguments.model, device=arguments.device, layers=arguments.layers)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     capacity, result = arguments.max_cache, Result()

@@ -50,6 +50,16 @@ def test_parts_with_different_joint_counts_are_balanced_in_bytes(shape, workers)
         assert max(abs(s - ideal) for s in size) <= 3
 
 
+def test_parts_have_workers_of_their_own_where_that_is_fair() -> None:
+    """q, k and v of 32, 8 and 8 heads share 132 workers as 88, 22 and 22; of 24, 8 and 8 they cannot."""
+    apart = cut_rows(tuple(part(r) for r in (4096, 1024, 1024)), 132, 1, 5)
+    assert [len(task) for task in apart] == [1] * 132
+    assert [task[0][0] for task in apart] == [0] * 88 + [1] * 22 + [2] * 22
+    assert {task[0][2] for task in apart} == {46, 47}
+    shared = cut_rows(tuple(part(r) for r in (3072, 1024, 1024)), 132, 1, 5)
+    assert max(len(task) for task in shared) == 2
+
+
 def test_extra_rows_go_round_over_the_workers():
     buffers = {f"x{i}": buffer(f"x{i}", F32, (1, 8), BufferKind.SCRATCH) for i in range(5)}
     buffers |= {f"w{i}": buffer(f"w{i}", F32, (10, 8), BufferKind.PARAM) for i in range(4)}

@@ -429,6 +429,17 @@ def test_order_sorts_what_is_shuffled() -> None:
     assert_same(before, order(shuffled))
 
 
+def test_what_nothing_waits_for_runs_just_before_the_largest_linear() -> None:
+    g = Builder()
+    x, count = g.caller("x", (1, 16), BF16, INPUT), g.caller("count", (1,), F32, STATE)
+    small, large = g.caller("small", (8, 16), BF16), g.caller("large", (64, 8), BF16)
+    g.assign(count, E.op("add", g.at(count, (E.index(0),)), E.const(1.0, F32)))
+    made = g.graph(g.op("sin", g.linear(g.linear(x, small), large)))
+    counting, first, second, *_ = (n.name for n in made.nodes)
+    assert [n.name for n in order(made).nodes][:3] == [first, counting, second]
+    assert_same(made, order(made))
+
+
 def test_passes_stamp_their_names() -> None:
     g = fused(graphs.decoder(Model(layers=1)))
     assert g.provenance[1:] == tuple(p.__name__ for p in passes.PASSES)
