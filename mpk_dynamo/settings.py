@@ -52,8 +52,8 @@ class Settings:
     cache_dir: str = _option("", "folder of compiled kernels; empty: the user's cache folder")
     cache_mb: int = _option(4096, "size of that folder: what was used longest ago is removed beyond", minimum=0)
     target: str = _option("", "build for this target, e.g. sm_90a, instead of the present GPU")
-    flight: int = _option(4, "ring slots that a worker's loader keeps in flight", minimum=1)
-    flight_waiting: int = _option(2, "the same while its worker waits for an event", minimum=1)
+    flight: int = _option(0, "ring slots that a worker's loader keeps in flight; 0: about 64 KiB", minimum=0)
+    flight_waiting: int = _option(0, "the same while its worker waits for an event; 0: half as many", minimum=0)
     profile: str = _option("", "folder that receives a timeline of each kernel: trace, report, figures")
     profile_call: int = _option(10, "the first call of a kernel that is recorded for it, of five in a row", minimum=1)
     loop_steps: int = _option(

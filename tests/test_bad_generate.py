@@ -78,7 +78,7 @@ def test_what_cannot_generate(what: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"max_cache_len": n} for n in (0, -1, 2.5, "8", True, math.nan, [8])]
-    + [{"workers": -1}, {"device": "tpu"}, {"no such": 1}, {"timeout_s": math.nan}, {"fallback": None}, {"flight": 0}],
+    + [{"workers": -1}, {"device": "tpu"}, {"no such": 1}, {"timeout_s": math.nan}, {"fallback": None}, {"flight": -1}],
     ids=repr,
 )
 def test_wrong_options_change_nothing(plain: Any, options: dict[str, Any]) -> None:

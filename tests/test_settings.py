@@ -53,7 +53,7 @@ def test_variable_that_does_not_parse_is_refused():
         make({"MPK_WORKERS": "many"})
 
 
-@pytest.mark.parametrize("options", [{"workers": -1}, {"flight": 0}, {"timeout_s": 0}, {"timeout_s": float("nan")}])
+@pytest.mark.parametrize("options", [{"workers": -1}, {"flight": -1}, {"timeout_s": 0}, {"timeout_s": float("nan")}])
 def test_out_of_range_is_refused(options: dict[str, object]):
     with pytest.raises(OptionError, match="give at least"):
         make(**options)

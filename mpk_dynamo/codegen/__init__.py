@@ -17,7 +17,7 @@ from ..ops.row_map import shifts_in_place
 from ..ops.structure import Structure, structure_of
 from ..targets import Target
 from .bodies import Body, bodies
-from .geometry import linear_geometry
+from .geometry import flight, linear_geometry, token_slot_bytes
 from .tables import References, build_tables, fixed_arguments
 
 MAX_SLOTS = 16
@@ -36,11 +36,12 @@ def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Prog
     Raises Unsupported when a node has no device form (the pipeline then falls back, reported)."""
     tg = schedule.tasks
     used = sorted({(t.node, t.op) for t in tg.tasks})
-    found = _bodies(tg, {node for node, op in used if op == "attention_combine"})
+    most = token_slot_bytes(tg.graph)
+    found = _bodies(tg, {node for node, op in used if op == "attention_combine"}, most)
     kinds: dict[tuple[str, str], int] = {}
     opcodes = {key: kinds.setdefault((found[key].call, found[key].text), len(kinds)) for key in used}
     linears = (n for n in tg.graph.nodes if isinstance(n, Linear))
-    slot_bytes = max([1024, *(linear_geometry(n, tg.buffers).slot_bytes for n in linears)])
+    slot_bytes = max([1024, *(linear_geometry(n, tg.buffers, most).slot_bytes for n in linears)])
     references = References(schedule)
     source = _source(kinds, [found[key] for key in used], slot_bytes, target, len(references.bindings), profiled)
     op_of = {opcodes[key]: key[1] for key in used}
@@ -48,21 +49,22 @@ def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Prog
         schedule=schedule,
         source=source,
         kinds=tuple(f"{op_of[i]}:{i}" for i in range(len(kinds))),
-        tables=build_tables(schedule, references, opcodes, found),
+        tables=build_tables(schedule, references, opcodes, found, most),
         bindings=references.bindings,
         threads=THREADS,
         shared_bytes=target.shared_bytes_per_block,
         target=target.name,
-        calls={key: _call(tg, key, opcodes[key], found[key]) for key in used},
+        calls={key: _call(tg, key, opcodes[key], found[key], most) for key in used},
+        flight=flight(tg.graph, most),
         profiled=profiled,
     )
 
 
-def _call(tg: TaskGraph, key: tuple[int, str], opcode: int, body: Body) -> Call:
+def _call(tg: TaskGraph, key: tuple[int, str], opcode: int, body: Body, most: int) -> Call:
     node = tg.graph.nodes[key[0]]
     if not isinstance(node, Linear):
         return Call(opcode, body.operands, fixed_arguments(tg, key, body))
-    geometry = linear_geometry(node, tg.buffers)
+    geometry = linear_geometry(node, tg.buffers, most)
     return Call(opcode, body.operands, {}, geometry.copy_bytes, geometry.slot_rows)
 
 
@@ -81,9 +83,9 @@ def isolated(program: Program) -> dict[str, Program]:
     return found
 
 
-def _bodies(tg: TaskGraph, split: set[int]) -> dict[tuple[int, str], Body]:
+def _bodies(tg: TaskGraph, split: set[int], most: int) -> dict[tuple[int, str], Body]:
     """By (node index, task kind). Written once per distinct structure; the nodes of other layers have the same text
-    and other operands. `split`: attentions with several splits."""
+    and other operands. `split`: attentions with several splits. `most`: `token_slot_bytes` of the graph."""
     found: dict[tuple[int, str], Body] = {}
     known: dict[Hashable, tuple[Structure, tuple[str, ...], dict[str, Body]]] = {}
     for index, node in enumerate(tg.graph.nodes):
@@ -94,7 +96,7 @@ def _bodies(tg: TaskGraph, split: set[int]) -> dict[tuple[int, str], Body]:
         if key not in known:
             if isinstance(node, RowMap) and shifts_in_place(node, tg.buffers):
                 raise Unsupported("an in-place shift of a tensor has no device form yet", origin=node.origin)
-            made = bodies(node, tg.buffers, split=index in split, flagged=tg.flagged)
+            made = bodies(node, tg.buffers, split=index in split, flagged=tg.flagged, most=most)
             for body in made.values():
                 if len(body.operands) > abi.MAX_OPERANDS:
                     text = f"{node.name} uses {len(body.operands)} buffers; {abi.MAX_OPERANDS} fit"

@@ -23,7 +23,7 @@ from .expressions import (
     split_index,
     unconditional_loads,
 )  # fmt: skip
-from .geometry import Geometry, linear_geometry
+from .geometry import SLOT_BYTES, Geometry, linear_geometry
 
 TEMPLATE = "template <class Ctx>"
 
@@ -42,16 +42,21 @@ class Body:
 
 
 def bodies(
-    node: Node, buffers: Mapping[str, Buffer], *, split: bool = False, flagged: frozenset[str] = frozenset()
+    node: Node,
+    buffers: Mapping[str, Buffer],
+    *,
+    split: bool = False,
+    flagged: frozenset[str] = frozenset(),
+    most: int = SLOT_BYTES,
 ) -> dict[str, Body]:
     """Task kind -> Body of a node. `split`: the attention's keys are cut, so it also combines. `flagged`: storages
-    whose elements are their own flags."""
+    whose elements are their own flags. `most`: as for `linear_geometry`."""
     if isinstance(node, ExtensionNode):
         return _extension(node, buffers)
     if isinstance(node, RowMap):
         return {"row_map": _row_map(node, buffers, flagged)}
     if isinstance(node, Linear):
-        return {"linear": _linear(node, buffers, flagged)}
+        return {"linear": _linear(node, buffers, flagged, most)}
     found = {"attention": _attention(node, buffers, split, flagged)}
     if split:
         found["attention_combine"] = _combine(node, buffers, flagged)
@@ -107,7 +112,7 @@ def _row_map(node: RowMap, buffers: Mapping[str, Buffer], flagged: frozenset[str
     return Body("row_map", "row_map", text, tuple(operands.names))
 
 
-def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]) -> Body:
+def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str], most: int) -> Body:
     operands = Operands()
     weight = buffers[node.parts[0].weights[0]]
     joint = max(len(p.weights) for p in node.parts)
@@ -122,7 +127,7 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
             inner = p.rows if node.transposed else node.k.size
             if buffers[w].strides != (inner, 1) or buffers[w].dtype is not weight.dtype:
                 raise Unsupported(f"weight {w} is not a contiguous {weight.dtype.value} matrix", origin=node.origin)
-    geometry = linear_geometry(node, buffers)
+    geometry = linear_geometry(node, buffers, most)
     element = MEMORY_TYPE[weight.dtype]
     lines = [
         f"  using Element = {element};",

@@ -8,18 +8,24 @@ from fractions import Fraction
 
 from ..errors import Unsupported
 from ..ir.expr import reductions
-from ..ir.graph import Linear
+from ..ir.graph import Graph, Linear
 from ..ir.types import Buffer
 
 SLOT_BYTES = 16384
-"""Bytes of one copy at most: large copies stream at the full rate with few in flight (3 to 4 slots suffice)."""
+"""Bytes of one copy at most: large copies stream at the full rate with few in flight."""
 
-TOKEN_SLOT_BYTES = 24576
-"""The same of one token, whose body costs more per slot: longer rows fit whole, or more of them."""
+LONG_SLOT_BYTES = 24576
+"""The same for one token, in a program with rows that are longer than SLOT_BYTES: such a row fits whole."""
+
+MMA_SLOT_BYTES = 32768
+"""The same on tensor cores: a tile is 8 rows."""
 
 CHUNK = 2048
-"""Columns up to which the tensor-core body holds all of x in registers; of longer rows half as many at a time, row
-pieces of 2 KiB, which stream at nearly the full rate. Of a prologue that reduces over rows it holds whole rows."""
+"""Columns of x that the tensor-core body holds in registers; longer rows come in pieces. With pieces of 1024 the thread
+that issues them is too slow (docs/benchmarks.md). Of a prologue that reduces over rows it holds whole rows."""
+
+IN_FLIGHT_BYTES = 65536
+"""What a worker's loader keeps under way: polls and stores queue behind it."""
 
 TILE_ROWS = 8
 CONSUMER_WARPS = 8
@@ -42,12 +48,33 @@ class Geometry:
     block_rows: int = 0
 
 
-def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
-    """The slots of a Linear: none when its weights are transposed. Raises Unsupported when rows are not whole 16-byte
-    vectors."""
-    k, dtype = node.k.size, buffers[node.parts[0].weights[0]].dtype
-    row_bytes = k * dtype.itemsize
-    if row_bytes % 16:
+def token_slot_bytes(graph: Graph) -> int:
+    """Bytes of one copy at most, of the Linears of one token."""
+    linears = (n for n in graph.nodes if isinstance(n, Linear) and n.t.size == 1 and not n.transposed)
+    rows = [row_bytes(n, graph.buffers) for n in linears]
+    return SLOT_BYTES if max(rows, default=0) <= SLOT_BYTES else LONG_SLOT_BYTES
+
+
+def row_bytes(node: Linear, buffers: Mapping[str, Buffer]) -> int:
+    """Bytes of a row of the weights."""
+    return node.k.size * buffers[node.parts[0].weights[0]].dtype.itemsize
+
+
+def flight(graph: Graph, most: int) -> int:
+    """Ring slots that hold IN_FLIGHT_BYTES on average over what is streamed. most: as for `linear_geometry`."""
+    streamed, copies = 0, 0
+    for node in graph.nodes:
+        if isinstance(node, Linear) and (size := linear_geometry(node, graph.buffers, most).slot_bytes):
+            weights = sum(graph.buffers[w].nbytes for part in node.parts for w in part.weights)
+            streamed, copies = streamed + weights, copies + -(-weights // size)
+    return max(1, round(IN_FLIGHT_BYTES * copies / streamed)) if streamed else 1
+
+
+def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLOT_BYTES) -> Geometry:
+    """The slots of a Linear, none when its weights are transposed. most: `token_slot_bytes` of its graph. Raises
+    Unsupported when rows are not whole 16-byte vectors."""
+    k, dtype, row = node.k.size, buffers[node.parts[0].weights[0]].dtype, row_bytes(node, buffers)
+    if row % 16:
         raise Unsupported(
             f"a weight row of {k} {dtype.value} elements is not a multiple of 16 bytes",
             origin=node.origin,
@@ -57,23 +84,23 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer]) -> Geometry:
         return Geometry("linear_columns", 0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
-        chunk = k if reductions(node.x) or k <= CHUNK else CHUNK // 2
+        chunk = k if reductions(node.x) else min(k, CHUNK)
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
-        while rows * piece > SLOT_BYTES:
+        while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
         tiles = (8 if node.t.size <= 8 else 4) // joint  # whose sums are in shared memory together
         blocks = tiles * TILE_ROWS if chunk < k else 0
         return Geometry("linear_mma", piece, rows * piece, CONSUMER_WARPS, rows, chunk, blocks)
-    vectors = row_bytes // 16
-    body = "linear_token" if node.t.size == 1 else "linear"
-    share, most = (_tiles, TOKEN_SLOT_BYTES) if body == "linear_token" else (_shared_out, SLOT_BYTES)
-    if row_bytes <= most:
-        rows, warps = share(vectors, most // row_bytes)
-        return Geometry(body, rows * row_bytes, rows * row_bytes, warps)
-    pieces = -(-row_bytes // most)
+    vectors = row // 16
+    body, share = ("linear_token", _tiles) if node.t.size == 1 else ("linear", _shared_out)
+    most = most if node.t.size == 1 else SLOT_BYTES
+    if row <= most:
+        rows, warps = share(vectors, most // row)
+        return Geometry(body, rows * row, rows * row, warps)
+    pieces = -(-row // most)
     while vectors % pieces:
         pieces += 1
-    return Geometry(body, row_bytes // pieces, row_bytes // pieces)
+    return Geometry(body, row // pieces, row // pieces)
 
 
 def _tiles(vectors: int, most: int) -> tuple[int, int]:

@@ -40,9 +40,13 @@ class References:
 
 
 def build_tables(
-    schedule: Schedule, references: References, opcodes: dict[tuple[int, str], int], bodies: dict[tuple[int, str], Body]
+    schedule: Schedule,
+    references: References,
+    opcodes: dict[tuple[int, str], int],
+    bodies: dict[tuple[int, str], Body],
+    most: int,
 ) -> dict[str, bytes]:
-    """The tables of abi.TABLES. opcodes, bodies: by (node index, task kind)."""
+    """The tables of abi.TABLES. opcodes, bodies: by (node index, task kind). most: as for `linear_geometry`."""
     tg = schedule.tasks
     rows: dict[str, list[tuple]] = {name: [] for name, _ in abi.TABLES}
     tasks, operands, wait_rows, signal_rows = rows["tasks"], rows["operands"], rows["waits"], rows["signals"]
@@ -56,7 +60,8 @@ def build_tables(
             key = task.node, task.op
             if key not in common:
                 body = bodies[key]
-                common[key] = opcodes[key], len(operands), len(body.operands), _arguments(tg, key, body, references)
+                arguments_of = _arguments(tg, key, body, references, most)
+                common[key] = opcodes[key], len(operands), len(body.operands), arguments_of
                 operands += [(references.of(tg.buffers[name]),) for name in body.operands]
             opcode, first_operand, operand_count, arguments = common[key]
             waited, signalled = waits[task_id], signals[task_id]
@@ -79,11 +84,11 @@ _Arguments = Callable[[tuple[int, ...], dict[str, list[tuple]]], tuple[int, ...]
 """A task's eight arguments, by its tile; a linear's segments and runs are added to the rows of their tables."""
 
 
-def _arguments(tg: TaskGraph, key: tuple[int, str], body: Body, references: References) -> _Arguments:
+def _arguments(tg: TaskGraph, key: tuple[int, str], body: Body, references: References, most: int) -> _Arguments:
     """What the tasks of one node and kind have in common, looked up once."""
     node = tg.graph.nodes[key[0]]
     if isinstance(node, Linear):
-        return _linear_arguments(node, tg.buffers, references)
+        return _linear_arguments(node, tg.buffers, references, most)
     fixed = fixed_arguments(tg, key, body)
 
     def arguments(tile: tuple[int, ...], rows: dict[str, list[tuple]]) -> tuple[int, ...]:
@@ -110,9 +115,9 @@ def fixed_arguments(tg: TaskGraph, key: tuple[int, str], body: Body) -> dict[int
     return fixed
 
 
-def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: References) -> _Arguments:
+def _linear_arguments(node: Linear, buffers: dict[str, Buffer], references: References, most: int) -> _Arguments:
     weight = buffers[node.parts[0].weights[0]]
-    geometry = linear_geometry(node, buffers)
+    geometry = linear_geometry(node, buffers, most)
     row_bytes = node.k.size * weight.dtype.itemsize
     parts = []
     for p in node.parts:

@@ -26,7 +26,8 @@ class Program:
     """source: the translation unit for NVRTC. kinds[opcode]: name of the task body it selects.
     tables: packed little-endian arrays by name (see abi.py). bindings: storages in the order of the launch's
     pointer array: caller's tensors and outputs. threads: per worker (CTA). shared_bytes: dynamic shared memory.
-    calls: what each (node, task kind) expects of the tables. profiled: it can record the clocks of its tasks."""
+    calls: what each (node, task kind) expects of the tables. flight: ring slots that a worker's loader should have
+    under way. profiled: it can record the clocks of its tasks."""
 
     schedule: Schedule
     source: str
@@ -37,4 +38,5 @@ class Program:
     shared_bytes: int
     target: str
     calls: Mapping[tuple[int, str], Call] = field(default_factory=dict)
+    flight: int = 4
     profiled: bool = False

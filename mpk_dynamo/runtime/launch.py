@@ -81,7 +81,8 @@ class Executable:
     """A compiled Program, loaded on a device.
 
     `device_index`: an index or a torch.device. timeout_ns: bound of every wait in the kernel. flight: ring slots a
-    worker's loader may have in flight; flight_waiting: the same while the worker waits. profile: device address of
+    worker's loader may have in flight, 0: as the program says; flight_waiting: the same while the worker waits, 0: half
+    of it. profile: device address of
     profile records, 0 for none. `device` replaces the CUDA device, for tests.
 
     Raises LaunchError when the cubin is for another GPU or the workers cannot be resident at once.
@@ -95,8 +96,8 @@ class Executable:
         device_index: "int | torch.device" = 0,
         *,
         timeout_ns: int = 4_000_000_000,
-        flight: int = 4,
-        flight_waiting: int = 2,
+        flight: int = 0,
+        flight_waiting: int = 0,
         profile: int = 0,
         device: "Device | None" = None,
     ) -> None:
@@ -120,13 +121,14 @@ class Executable:
         self._record = device.pinned(abi.FAULT.dtype.itemsize)
         self._state = ctypes.c_uint32.from_address(self._record.host)
         self._fault: DeviceFault | None = None
+        flight = flight or program.flight
         self._fixed = {
             "tables": addresses,
             "fault": self._record.device,
             "profile": profile,
             "timeout_ns": timeout_ns,
             "flight": flight,
-            "flight_waiting": flight_waiting,
+            "flight_waiting": flight_waiting or (flight + 1) // 2,
         }
         self._bindings: dict[int, Binding] = {}
         self._captured: dict[tuple[int, int], Binding] = {}

@@ -11,7 +11,7 @@ import pytest
 from device_forms import REFUSED, SAMPLES
 
 from mpk_dynamo import abi, pipeline
-from mpk_dynamo.codegen import generate, isolated
+from mpk_dynamo.codegen import generate, geometry, isolated
 from mpk_dynamo.codegen.bodies import bodies
 from mpk_dynamo.dump import Dump
 from mpk_dynamo.errors import Unsupported, VerificationError
@@ -184,6 +184,32 @@ def test_samples_have_a_device_form_or_are_known_not_to(name: str) -> None:
         return
     with pytest.raises(Unsupported, match=REFUSED[name]):
         of_sample(name)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "depths", "slots", "flight"),
+    [
+        (1, (2048, 8192), (16384, 16384), 4),
+        (1, (2048, 6144), (16384, 12288), 5),
+        (1, (4096, 12288), (16384, 24576), 3),  # rows of 24 KiB make all slots so large
+        (1, (2560, 9728), (20480, 19456), 3),
+        (8, (2048, 8192), (32768, 32768), 2),  # of the longer rows a piece of 2048 columns at a time
+        (16, (1024, 3072), (16384, 32768), 2),
+    ],
+)
+def test_slots_and_how_many_are_under_way(
+    tokens: int, depths: tuple[int, ...], slots: tuple[int, ...], flight: int
+) -> None:
+    """Sizes of slots by depth of the Linears, and about 64 KiB in flight."""
+    g = graphs.Builder()
+    made = []
+    for i, depth in enumerate(depths):
+        x = g.caller(f"x{i}", (tokens, depth), DType.BF16, BufferKind.INPUT)
+        made.append(g.linear(x, g.caller(f"w{i}", (1024, depth), DType.BF16)))
+    graph = g.graph(*made)
+    most = geometry.token_slot_bytes(graph)
+    assert tuple(geometry.linear_geometry(n, graph.buffers, most).slot_bytes for n in graph.nodes) == slots
+    assert geometry.flight(graph, most) == flight
 
 
 def first_linear(graph: Graph) -> Linear:

@@ -89,6 +89,18 @@ def test_launch_passes_everything_to_the_kernel():
     assert launch.items() >= (expected | {"profile": 0x5000, "stream": 0}).items()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, (3, 2)), ({"flight": 4}, (4, 2)), ({"flight_waiting": 1}, (3, 1))]
+)
+def test_slots_in_flight_are_the_programs_unless_they_are_given(given, expected):
+    executable = make(program=dataclasses.replace(toy_program.program(), flight=3), **given)
+    w, x, _, n = tensors()
+    y = torch.empty(toy_program.SIZE)
+    executable.launch([t.data_ptr() for t in (y, w, n, x)])
+    launch = executable.device.kernel.launches[-1]
+    assert (launch["flight"], launch["flight_waiting"]) == expected
+
+
 def test_a_wrong_number_of_pointers_is_refused():
     with pytest.raises(LaunchError, match="3 pointers for 4 bindings"):
         make().launch([16, 32, 48])
