@@ -19,8 +19,9 @@ class Machine:
     the last producer's end until a waiter on another worker has seen it, by a counter and by flagged data.
     prologue: from then until the inputs of a linear are in registers; finish: from its last weights to its results.
     signal: from the results until events are signalled. small: a task without weights, from inputs to results.
-    query: the prologue of an attention, and what its combination takes to read all parts; attend: from there to its
-    results, beyond the time of its keys and values, which one worker reads at `gather` bytes per second.
+    query: the prologue of an attention, and what its combination takes to read all parts; attend: from there, or from
+    when its keys and values have come, to its results. One worker reads these at `gather` bytes per second, the first
+    `fetched` bytes before it has a query.
     """
 
     bandwidth: float
@@ -39,6 +40,7 @@ class Machine:
     query: float
     attend: float
     gather: float
+    fetched: float
 
 
 _US = 1e-6
@@ -55,15 +57,16 @@ def machine_of(target: Target) -> Machine:
         ring=min(256 * 1024, max(target.shared_bytes_per_block - 16 * 1024, 32 * 1024)),
         waiting=15e9,
         fma=53e9,
-        mma=25e9,
-        task=0.75 * _US,
+        mma=34e9,
+        task=0.6 * _US,
         event=0.85 * _US,
         poll=0.6 * _US,
-        prologue=0.65 * _US,
-        finish=0.65 * _US,
+        prologue=0.4 * _US,
+        finish=0.4 * _US,
         signal=0.6 * _US,
         small=0.30 * _US,
-        query=1.0 * _US,
+        query=0.6 * _US,
         attend=1.5 * _US,
         gather=22e9,
+        fetched=96 * 1024,
     )

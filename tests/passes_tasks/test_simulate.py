@@ -17,14 +17,14 @@ from mpk_dynamo.targets.machine import Machine
 
 UNIT = Machine(
     bandwidth=20.0, spread=0.0, ring=30.0, waiting=10.0, fma=40.0, mma=40.0, task=1.0, event=3.0, poll=2.0,
-    prologue=0.5, finish=0.25, signal=0.125, small=1.0, query=4.0, attend=5.0, gather=10.0,
+    prologue=0.5, finish=0.25, signal=0.125, small=1.0, query=4.0, attend=5.0, gather=10.0, fetched=0.0,
 )  # fmt: skip
 """With two workers, each streams 10 bytes per second."""
 
 
-def run(*tasks, workers=2, flagged=False):
+def run(*tasks, workers=2, flagged=False, machine=UNIT):
     tg = program(*tasks)
-    return simulate(schedule(derive_events(choose_flagged(tg) if flagged else tg), workers), UNIT)
+    return simulate(schedule(derive_events(choose_flagged(tg) if flagged else tg), workers), machine)
 
 
 def test_a_queue_runs_one_task_at_a_time():
@@ -53,6 +53,10 @@ def test_an_edge_through_flagged_data_costs_a_poll():
 def test_an_attention_takes_the_time_of_its_keys():
     found = run(task(op="attention", nbytes=20), workers=1)
     assert found.clock[0, COMPUTED] == pytest.approx(1 + 4 + 5 + 2)
+    early = dataclasses.replace(UNIT, fetched=50.0)  # the first 50 bytes come while the query is awaited
+    for nbytes, wanted in ((20, 1 + 4 + 5), (50, 1 + 5 + 5), (80, 1 + 5 + 3 + 5)):
+        found = run(task(op="attention", nbytes=nbytes), workers=1, machine=early)
+        assert found.clock[0, COMPUTED] == pytest.approx(wanted)
 
 
 def linear_chain(weights_rows):

@@ -71,7 +71,9 @@ def simulate(schedule: Schedule, machine: Machine) -> Timeline:
             computed = streamed + machine.finish
         elif kind == "attention":
             streamed = inputs
-            computed = inputs + machine.attend + task.bytes / machine.gather
+            early = min(task.bytes, machine.fetched)  # keys and values that come while the query is awaited
+            keys = max(inputs, ready + early / machine.gather) + (task.bytes - early) / machine.gather
+            computed = keys + machine.attend
         else:
             computed = inputs + machine.small
         done = computed + (machine.signal if task.id in signals else 0.0)
