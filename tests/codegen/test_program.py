@@ -162,6 +162,14 @@ def test_transposed_weights_are_operands_cut_at_vectors_and_have_no_runs() -> No
     assert {w for p in node.parts for w in p.weights} <= set(made.calls[0, "linear"].operands)
 
 
+def test_bodies_are_functions_where_several_tokens_are_in_registers() -> None:
+    called = {}
+    for name, (node, _) in SAMPLES.items():
+        if isinstance(node, Linear) and node.parts[0].weights and node.x.dtype is not DType.F32:
+            called.setdefault((node.t.size > 1, node.transposed), set()).add("__noinline__" in of_sample(name).source)
+    assert called == {(False, False): {False}, (False, True): {False}, (True, False): {True}, (True, True): {True}}
+
+
 def test_segments_of_transposed_weights_are_verified() -> None:
     made = of_sample("linear-18-transposed")
     segments = decode(made)["segments"].copy()
