@@ -48,7 +48,7 @@ _BINARY_FLOAT = {
 }  # fmt: skip
 _DOUBLE = {
     "max": "({0} < {1} || {1} != {1} ? {1} : {0})", "min": "({0} > {1} || {1} != {1} ? {1} : {0})",
-    "relu": "({0} < 0.0 ? 0.0 : {0})", "mod": None,
+    "relu": "({0} < 0.0 ? 0.0 : {0})",
 }  # fmt: skip
 """Where the form is not that of float with another suffix."""
 _INT = {

@@ -240,7 +240,15 @@ def _scale_in_place() -> tuple[Node, Graph]:
     return s.graph(RowMap("scale_in_place", (i,), op("mul", s.at(before, i), const(0.5, F32)), after, (i,)))
 
 
+def _remainder() -> tuple[Node, Graph]:
+    s, (i, j) = Sample(), _dims(3, 40)
+    x, y, out = s.input("x", DType.F32, 3, 40), s.input("y", DType.F32, 40), s.output("out", DType.F32, 3, 40)
+    dividend = op("mul", cast(s.at(x, i, j), DType.F64), const(8.0, DType.F64))
+    body = cast(op("mod", dividend, cast(s.at(y, j), DType.F64)), DType.F32)
+    return s.graph(RowMap("remainder", (i, j), body, out, (i, j)))
+
+
 SAMPLES = (
     _pointwise, _strided_view, _flat_split, _gather, _scatter, _norm, _softmax, _total, _counter, _concatenate,
-    _rotary, _causal_mask, _shift, _scale_in_place,
+    _rotary, _causal_mask, _shift, _scale_in_place, _remainder,
 )

@@ -72,6 +72,10 @@ MPK_DEVICE float float_mod(float a, float b) {  // sign of the divisor, as torch
   const float r = fmodf(a, b);
   return r != 0.0f && (r < 0.0f) != (b < 0.0f) ? r + b : r;
 }
+MPK_DEVICE double float_mod(double a, double b) {
+  const double r = fmod(a, b);
+  return r != 0.0 && (r < 0.0) != (b < 0.0) ? r + b : r;
+}
 template <class V> MPK_DEVICE V floor_div(V a, V b) {
   const V q = a / b;
   return a % b != 0 && (a < 0) != (b < 0) ? q - 1 : q;
