@@ -47,8 +47,8 @@ def cut_rows(parts: tuple[LinearPart, ...], workers: int, granularity: int, phas
     total = sum(blocks)
     tasks = max(1, min(workers, total))
     if len(set(weight)) == 1:
-        cuts = [0]
-        for count, ranges in zip(blocks, own, strict=True) if (own := _own_tasks(blocks, tasks)) else [(total, tasks)]:
+        own, cuts = _own_tasks(blocks, tasks), [0]
+        for count, ranges in zip(blocks, own, strict=True) if own else [(total, tasks)]:
             base, extra = divmod(count, ranges)
             for w in range(ranges):
                 cuts.append(cuts[-1] + base + ((w - phase) % ranges < extra))
