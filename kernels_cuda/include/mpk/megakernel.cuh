@@ -58,6 +58,7 @@ MPK_DEVICE SharedState<C>& shared_state() {
 // own registers: inlined side by side large ones spill although none does alone. The ring position travels through.
 template <class C>
 struct Context {
+  static constexpr int SLOTS = static_cast<int>(C::SLOTS);
   using Reader = RingReader<Ring<C::SLOTS, C::SLOT_BYTES>, C::SLOTS>;
   SharedState<C>& shared;
   Reader ring;

@@ -104,6 +104,7 @@ template <class N, class Ctx>
 MPK_DEVICE void linear_mma(Ctx& c) {
   using S = MmaShape<N>;
   using I = MmaInput<N>;
+  static_assert(S::PARTS <= Ctx::SLOTS, "the ring must hold the rows of a tile");
   const int warp = threadIdx.x / 32;
   float* scratch = reinterpret_cast<float*>(c.scratch());
   I x(c.scratch() + S::SUMS);
