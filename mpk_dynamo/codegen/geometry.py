@@ -24,6 +24,9 @@ CHUNK = 2048
 """Columns of x that the tensor-core body holds in registers; longer rows come in pieces. With pieces of 1024 the thread
 that issues them is too slow (docs/benchmarks.md). Of a prologue that reduces over rows it holds whole rows."""
 
+WHOLE_ROW = 3072
+"""Columns up to which x of at most eight tokens is held whole all the same: a piece and a half costs more."""
+
 IN_FLIGHT_BYTES = 65536
 """What a worker's loader keeps under way: polls and stores queue behind it."""
 
@@ -84,7 +87,8 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
         return Geometry("linear_columns", 0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
-        chunk = k if reductions(node.x) else min(k, CHUNK)
+        whole = reductions(node.x) or (node.t.size <= 8 and k <= WHOLE_ROW)
+        chunk = k if whole else min(k, CHUNK)
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
