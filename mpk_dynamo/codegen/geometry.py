@@ -88,7 +88,8 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
         whole = reductions(node.x) or (node.t.size <= 8 and k <= WHOLE_ROW)
-        chunk = k if whole else min(k, CHUNK)
+        pieces = -(-k // CHUNK)
+        chunk = k if whole else min(k, -(-k // pieces // 512) * 512)
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
