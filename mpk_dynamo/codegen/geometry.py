@@ -24,6 +24,9 @@ CHUNK = 2048
 """Columns of x that the tensor-core body holds in registers; longer rows come in pieces. With pieces of 1024 the thread
 that issues them is too slow (docs/benchmarks.md). Of a prologue that reduces over rows it holds whole rows."""
 
+GROUP = 64 * 8
+"""Columns of which each consumer warp has 64: pieces are a multiple, and of one length as far as that allows."""
+
 WHOLE_ROW = 3072
 """Columns up to which x of at most eight tokens is held whole all the same: a piece and a half costs more."""
 
@@ -88,8 +91,8 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
         whole = reductions(node.x) or (node.t.size <= 8 and k <= WHOLE_ROW)
-        pieces = -(-k // CHUNK)
-        chunk = k if whole else min(k, -(-k // pieces // 512) * 512)
+        even = -(-k // -(-k // CHUNK))
+        chunk = k if whole else min(k, -(-even // GROUP) * GROUP)
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
