@@ -24,11 +24,11 @@ CHUNK = 2048
 """Columns of x that the tensor-core body holds in registers; longer rows come in pieces. With pieces of 1024 the thread
 that issues them is too slow (docs/benchmarks.md). Of a prologue that reduces over rows it holds whole rows."""
 
-GROUP = 64 * 8
-"""Columns of which each consumer warp has 64: pieces are a multiple, and of one length as far as that allows."""
+LONGEST_CHUNK = 3072
+"""The same where only so are all pieces of a row of one length: an uneven last one costs more."""
 
-WHOLE_ROW = 3072
-"""Columns up to which x of at most eight tokens is held whole all the same: a piece and a half costs more."""
+GROUP = 64 * 8
+"""Columns of which each consumer warp has 64."""
 
 IN_FLIGHT_BYTES = 65536
 """What a worker's loader keeps under way: polls and stores queue behind it."""
@@ -90,9 +90,7 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
         return Geometry("linear_columns", 0, 0)
     joint = max(len(p.weights) for p in node.parts)
     if node.t.size > 1 and dtype.is_narrow_float and joint <= 2:
-        whole = reductions(node.x) or (node.t.size <= 8 and k <= WHOLE_ROW)
-        even = -(-k // -(-k // CHUNK))
-        chunk = k if whole else min(k, -(-even // GROUP) * GROUP)
+        chunk = k if reductions(node.x) else _chunk(k)
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
@@ -109,6 +107,13 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
     while vectors % pieces:
         pieces += 1
     return Geometry(body, row // pieces, row // pieces)
+
+
+def _chunk(k: int) -> int:
+    """Columns of a piece of a row: all pieces whole groups and of one length where that can be."""
+    fewest, most = -(-k // LONGEST_CHUNK), -(-k // CHUNK)
+    even = (k // pieces for pieces in range(most, fewest - 1, -1) if k % (pieces * GROUP) == 0)
+    return next(even, k if k <= LONGEST_CHUNK else CHUNK)
 
 
 def _tiles(vectors: int, most: int) -> tuple[int, int]:

@@ -202,8 +202,8 @@ def test_samples_have_a_device_form_or_are_known_not_to(name: str) -> None:
         (1, (4096, 12288), (16384, 24576), 3),  # rows of 24 KiB make all slots so large
         (1, (2560, 9728), (20480, 19456), 3),
         (8, (2048, 8192), (32768, 32768), 2),  # of the longer rows a piece of 2048 columns at a time
-        (8, (1024, 3072), (16384, 24576), 3),  # whole, four rows a slot
-        (16, (1024, 3072), (16384, 24576), 3),  # two pieces of one length
+        (8, (1024, 3072), (16384, 24576), 3),  # two pieces of one length
+        (8, (2560, 9728), (20480, 32768), 2),  # whole; four pieces and a shorter one
     ],
 )
 def test_slots_and_how_many_are_under_way(

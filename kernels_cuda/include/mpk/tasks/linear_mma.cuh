@@ -86,7 +86,7 @@ MPK_DEVICE void multiply_tile(Ctx& c, const MmaInput<N>& x, int m, int columns, 
     if (i + AHEAD < I::GROUPS) load(i + AHEAD);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const auto a = [&](int h, int e) { return h < I::HALVES ? x.word[i][s][h < I::HALVES ? h : 0][e] : 0u; };
+      const auto a = [&](int h, int e) { return h < I::HALVES ? x.word[2 * i + s][h < I::HALVES ? h : 0][e] : 0u; };
       ptx::mma16816<N::HALF>(acc[2 * s], a(0, 0), a(1, 0), a(0, 1), a(1, 1), b[s].x, b[s].y);
       ptx::mma16816<N::HALF>(acc[2 * s + 1], a(0, 2), a(1, 2), a(0, 3), a(1, 3), b[s].z, b[s].w);
     }
