@@ -1,7 +1,8 @@
 # make test   set-up and the default tests        make demo   set-up and text generation with a real model
 # make lint   style and import direction          make clean  remove what these made
 #
-# Everything lives in .venv. PYTHON picks the interpreter that makes it (3.10 or newer); TORCH the torch to install.
+# Everything lives in .venv. PYTHON picks the interpreter that makes it (3.10 or newer); TORCH the torch to install; JOBS
+# how many processes share the tests.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,16 +12,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 # Without an NVIDIA GPU a fixed version keeps to the CPU build where an index offers one.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11$(comma)<2.14,torch==2.13.0)
 comma := ,
+JOBS ?= 2
 
 .PHONY: test slow demo lint setup clean
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 	$(BIN)/python -m ruff check .
 	$(BIN)/lint-imports
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
