@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +16,13 @@ from .by_size import LIMIT, BySize
 from .dump import Dump
 from .errors import MpkError, Unsupported
 from .fallback import Deferred, fall_back
-from .pieces import compile_pieces
+from .pieces import Outside, compile_pieces
 from .pipeline import Place, capture_graph, compile_captured, store_of
 from .progress import progress
 from .report import Report, record
 from .repro import script
 from .settings import Settings
-from .specialize import appends, at_present, changes_per_call, has_symbols, marked_sizes
+from .specialize import appends, at_present, changes_per_call, has_symbols, kept_key, kept_symbols, marked_sizes
 from .split import split
 
 _log = logging.getLogger("mpk_dynamo")
@@ -72,8 +73,7 @@ def compile_any(
         _log.info("%s", report.outcome)
         return Deferred(gm.forward, lambda *args: _compile_further(gm, args, settings, report))
     if settings.fallback != "error" and changes_per_call(gm, example_inputs):
-        dump = Dump(settings.dump_dir, gm, report)
-        return _compile_split(gm, example_inputs, settings, report, dump, symbols=True)
+        return _compile_growing(gm, example_inputs, settings, report)
     first = compile_fixed(gm, example_inputs, settings, report)
 
     def further(gm: torch.fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
@@ -85,6 +85,29 @@ def compile_any(
         _log.info("program %d of %d, for each size that was marked", number, len(others) + 1)
         made.make(inputs)
     return made
+
+
+def _compile_growing(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, report: Report
+) -> Callable[..., Any]:
+    """A graph with sizes that change with each call: programs for each of those that do not, and one set of pieces
+    outside, which take all sizes as they come."""
+    outside: Outside = {}
+
+    def make(args: Sequence[Any], report: Report) -> Callable[..., Any]:
+        return _compile_split(gm, args, settings, report, Dump(settings.dump_dir, gm, report), outside)
+
+    def further(gm: torch.fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        report = record(Report(fx_nodes=_size(gm)))
+        try:
+            with torch.no_grad():
+                return make(args, report)
+        except Unsupported as why:
+            return fall_back(gm, args, dataclasses.replace(settings, fallback="eager"), report, why)
+
+    first = make(example_inputs, report)
+    kept = kept_symbols(gm)
+    return BySize(gm, example_inputs, first, further, kept_key(gm, kept)) if kept else first
 
 
 def _compile_further(
@@ -129,11 +152,12 @@ def _compile_split(
     settings: Settings,
     report: Report,
     dump: Dump,
-    symbols: bool = False,
+    outside: Outside | None = None,
 ) -> Callable[..., Any]:
+    """outside: given where sizes change with each call; see compile_pieces."""
     place = Place.of(example_inputs, settings)
-    made = split(gm, example_inputs, report, dump, symbols=symbols)
-    compiled = compile_pieces(made, gm, example_inputs, place, settings, report)
+    made = split(gm, example_inputs, report, dump, symbols=outside is not None)
+    compiled = compile_pieces(made, gm, example_inputs, place, settings, report, outside)
     dump.report(report)
     _log.warning("%s", report.summary())
     return compiled

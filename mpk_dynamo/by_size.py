@@ -22,13 +22,19 @@ Compile = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 class BySize:
     """`callable(*args)` with the graph's own arguments and results. compile: makes a callable for the present sizes,
-    numbers among the arguments being plain ones. first: what it made for `example_inputs`."""
+    numbers among the arguments being plain ones. first: what it made for `example_inputs`. key: of the arguments, the
+    sizes for which programs are; default: all that are symbolic."""
 
     def __init__(
-        self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], first: Callable[..., Any], compile: Compile
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        first: Callable[..., Any],
+        compile: Compile,
+        key: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None,
     ) -> None:
         self._gm, self._compile = gm, compile
-        self._key = size_key(gm, example_inputs)
+        self._key = key or size_key(gm, example_inputs)
         self._made = {self._key(example_inputs): first}
 
     def make(self, args: Sequence[Any]) -> None:

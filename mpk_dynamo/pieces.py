@@ -21,6 +21,9 @@ from .split import Program, Split, add_up, stand_in
 
 _log = logging.getLogger("mpk_dynamo")
 
+Outside = dict[str, Callable[..., Any]]
+"""Pieces in the fallback by their code: the programs of several sizes share them."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -55,9 +58,17 @@ class Pieces:
 
 
 def compile_pieces(
-    made: Split, gm: fx.GraphModule, example_inputs: Sequence[Any], place: Place, settings: Settings, report: Report
+    made: Split,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    place: Place,
+    settings: Settings,
+    report: Report,
+    outside: Outside | None = None,
 ) -> Callable[..., Any]:
-    """A callable with the arguments and results of `gm`. Raises Unsupported when no piece has a device form."""
+    """A callable with the arguments and results of `gm`. outside: those pieces outside that were compiled for all sizes
+    while Dynamo made the graph. One that is not among them later runs eagerly: nothing knows its symbols any more.
+    Raises Unsupported when no piece has a device form."""
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     given = dict(zip(nodes, example_inputs, strict=True))
     nodes += [n for p in made.pieces for n in p.part.outputs]
@@ -78,7 +89,7 @@ def compile_pieces(
                 report.left_out[text] = report.left_out.get(text, 0) + piece.report.fx_nodes
         if run is None:
             report.outside += piece.report.fx_nodes
-            run = compile_outside(piece.part.module, _examples(piece, given, made), choice, report)
+            run = _outside(piece, _examples(piece, given, made), choice, report, outside)
         takes = tuple(slot[n] for n in piece.part.inputs)
         gives = tuple(slot[n] for n in piece.part.outputs)
         steps.append(Step(run, takes, gives, last[number], _strides(piece)))
@@ -92,6 +103,18 @@ def compile_pieces(
     report.outcome = f"{programs[0].outcome} and {choice}"
     end = Step(made.end.module.forward, tuple(slot[n] for n in made.end.inputs), (), (), ())
     return Pieces(steps, end, len(nodes) - len(example_inputs), report)
+
+
+def _outside(
+    piece: Program, examples: list[Any], choice: str, report: Report, known: Outside | None
+) -> Callable[..., Any]:
+    module = piece.part.module
+    if known is None:
+        return compile_outside(module, examples, choice, report)
+    if module.code not in known:
+        knows_symbols = TracingContext.try_get() is not None
+        known[module.code] = compile_outside(module, examples, choice if knows_symbols else "eager", report)
+    return known[module.code]
 
 
 def _examples(piece: Program, given: dict[fx.Node, Any], made: Split) -> list[Any]:

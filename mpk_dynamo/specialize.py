@@ -1,14 +1,14 @@
 """Symbolic sizes and numbers. After a size or a Python number changed, Dynamo hands out graphs with symbols in place
 of it (automatic dynamic shapes). A program is for fixed sizes: it is made for the present ones, and which program a
 call needs is looked up by the sizes that it comes with (by_size.py). Where they change with each call the symbols
-stay, and what depends on them is left out (split.py). Numbers that only lead to numbers which the graph returns (a
-cache that counts its tokens in Python) are left alone: these outputs are computed by Python on each call, and one
-program serves every value."""
+stay, and what depends on them is left out (split.py); those that a growing cache keeps, its batch, are no such sizes.
+Numbers that only lead to numbers which the graph returns (a cache that counts its tokens in Python) are left alone:
+these outputs are computed by Python on each call, and one program serves every value."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -147,6 +147,14 @@ def free_numbers(gm: torch.fx.GraphModule) -> set[torch.fx.Node]:
     return {n for n in numeric if n.op == "placeholder" and n not in used}
 
 
+def kept_key(gm: torch.fx.GraphModule, kept: Set[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function of the graph's arguments: the sizes that have only symbols of `kept`."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors = {k: v for k, n in enumerate(placeholders) if isinstance(v := n.meta.get("example_value"), torch.Tensor)}
+    sizes = [(k, d) for k, v in tensors.items() for d, s in enumerate(v.shape) if _has_only(s, kept)]
+    return lambda args: tuple(args[k].shape[d] for k, d in sizes)
+
+
 def size_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function of the graph's arguments: the sizes and numbers, among those that are symbolic, that tensors depend
     on. Nothing is guarded."""
@@ -229,6 +237,28 @@ def changes_per_call(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) ->
     return any(
         isinstance(v, _SYMBOLIC) and n not in free and not v.node.expr.free_symbols <= sizes for n, v in values.items()
     )
+
+
+def kept_symbols(gm: torch.fx.GraphModule) -> Set[Any]:
+    """Symbols that are sizes of what the graph returns longer than it was given, in other dimensions than those that
+    grow: what is given to the next call has them again."""
+    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    sizes = {x for v in values if isinstance(v, torch.Tensor) for s in _symbols(v) for x in s.node.expr.free_symbols}
+    kept, moving = set(), set()
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    for result in output.all_input_nodes:
+        value = result.meta.get("example_value")
+        numbers = value.shape if isinstance(value, torch.Tensor) else ()
+        shape = [s.node.expr for s in numbers if isinstance(s, torch.SymInt)]
+        grown = [e for e in shape if any(_is_more(e, x) for x in sizes)]
+        moving.update(x for e in grown for x in e.free_symbols)
+        kept.update(e for e in shape if grown and e.is_Symbol)
+    return kept - moving
+
+
+def _has_only(size: Any, symbols: Set[Any]) -> bool:
+    found = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+    return bool(found) and found <= symbols
 
 
 def appends(gm: torch.fx.GraphModule) -> bool:

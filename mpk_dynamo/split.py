@@ -21,7 +21,7 @@ from .dump import Dump
 from .errors import Unsupported
 from .pipeline import capture_graph
 from .report import Report
-from .specialize import NUMBERS, fix_numbers, without_symbols
+from .specialize import NUMBERS, fix_numbers, kept_symbols, without_symbols
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -78,8 +78,9 @@ class Split:
 
 def split(gm: fx.GraphModule, example_inputs: Sequence[Any], report: Report, dump: Dump, *, symbols: bool) -> Split:
     """Cut `gm` so that most of it can be captured. `symbols`: whether sizes with symbols stay such, and what depends on
-    them is left out; otherwise they are taken at their present values, and `gm` has none among its inputs. Raises
-    Unsupported for what concerns the whole graph, and when no piece is worth being captured."""
+    those that change with each call is left out; otherwise they are taken at their present values, and `gm` has none
+    among its inputs. Raises Unsupported for what concerns the whole graph, and when no piece is worth being captured.
+    """
     from .capture.partition import Partition
 
     with report.stage("split"):
@@ -125,16 +126,19 @@ def survey_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> "Survey":
 
 
 def look_at(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> "Survey":
-    """The survey of a graph at its present sizes, in which nodes that take or give symbolic ones are refused."""
+    """The survey of a graph at its present sizes, in which nodes that take or give ones that change with each call are
+    refused."""
     from .capture.partition import symbolic_sizes
 
     fixed, inputs, _, origin = fix_numbers(gm, example_inputs)
     found = survey_of(fixed, inputs).moved(origin)
     placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
     found.values.update({n: v for n, v in zip(placeholders, example_inputs, strict=True) if isinstance(v, NUMBERS)})
+    kept = kept_symbols(gm)
     for node in gm.graph.nodes:
         sizes = [s for n in (node, *node.all_input_nodes) for s in symbolic_sizes(n)]
-        if node.op.startswith("call_") and sizes and not isinstance(node.meta.get("example_value"), NUMBERS):
+        moves = any(not s.node.expr.free_symbols <= kept for s in sizes)
+        if node.op.startswith("call_") and moves and not isinstance(node.meta.get("example_value"), NUMBERS):
             found.refused[node] = _symbolic(node)
     return found
 

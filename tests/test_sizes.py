@@ -182,6 +182,29 @@ def test_a_growing_cache(model: Any, batch: int) -> None:
     assert any("changes from call to call" in why for why in second.left_out)
 
 
+@pytest.mark.parametrize("fallback", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_growing_caches_of_other_batches(model: Any, fallback: str) -> None:
+    """A batch that changed is a symbol beside the cache's length: programs for each batch, none for each length."""
+    compiled = torch.compile(model, backend="mpk", fullgraph=True, options={"fallback": fallback})
+    for batch, prompt in ((2, 4), (3, 6), (5, 3), (4, 5), (3, 9)):
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        tokens, mask = ids(batch, 16), torch.ones(batch, 16, dtype=torch.int64)
+        mask[0, :2] = 0
+        with torch.no_grad():
+            for cache in caches:
+                model(tokens[:, :prompt], attention_mask=mask[:, :prompt].clone(), past_key_values=cache)
+            for i in range(prompt, prompt + 5):
+                given = {"input_ids": tokens[:, i : i + 1], "attention_mask": mask[:, : i + 1].clone()}
+                a, b = (f(**given, past_key_values=c).logits for f, c in zip((compiled, model), caches))
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        for kept, plain in zip(caches[0].layers, caches[1].layers):
+            torch.testing.assert_close(kept.keys, plain.keys, rtol=1e-4, atol=1e-5)
+    first, *others = mpk_dynamo.reports()
+    assert first.outcome.startswith("eager for one call")
+    assert graphs() == 3 and [r.calls for r in others] == [4, 10, 5, 5]
+    assert all(len(r.programs) == 2 and r.outcome == f"reference and {fallback}" for r in others)
+
+
 def test_a_graph_with_a_grown_cache_that_is_called_again_is_compiled() -> None:
     def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.cat((x, y))
