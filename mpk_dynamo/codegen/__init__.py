@@ -26,8 +26,12 @@ MAX_SLOTS = 16
 THREADS = 320
 """8 consumer warps, the loader warp and the control warp."""
 
-LARGE_BODIES = ("linear_columns", "linear_mma")
-"""Bodies that hold several tokens in registers, where there are any."""
+WIDE_BODIES = ("linear_columns", "linear_mma")
+"""Bodies that want more registers than an even share, where there are several tokens."""
+
+WIDE_THREADS, CONSUMER_REGISTERS, OTHER_REGISTERS = 384, 208, 88
+"""With such bodies the warps are three whole warpgroups, two of consumers, and registers move between these
+(setmaxnreg): of 65,536 each thread has 168 at launch."""
 
 FIXED_SHARED = 3072
 """Bytes of shared memory for descriptors, barriers and alignment; the generated unit asserts that they fit."""
@@ -46,7 +50,14 @@ def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Prog
     linears = (n for n in tg.graph.nodes if isinstance(n, Linear))
     slot_bytes = max([1024, *(linear_geometry(n, tg.buffers, most).slot_bytes for n in linears)])
     references = References(schedule)
-    source = _source(kinds, [found[key] for key in used], slot_bytes, target, len(references.bindings), profiled)
+    narrow = all("using Element = float;" not in text for _, text in kinds)
+    wide = any(call in WIDE_BODIES and " T = 1," not in text for call, text in kinds)
+    moves = narrow and wide and "setmaxnreg" in target.features
+    # Side by side, bodies for 16-bit types fit the register file, and 1 to 5 % of a step is saved; larger ones spill
+    # unless each is a function.
+    inline = narrow and (moves or not wide)
+    texts = [found[key] for key in used]
+    source = _source(kinds, texts, slot_bytes, target, len(references.bindings), profiled, inline, moves)
     op_of = {opcodes[key]: key[1] for key in used}
     return Program(
         schedule=schedule,
@@ -54,7 +65,7 @@ def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Prog
         kinds=tuple(f"{op_of[i]}:{i}" for i in range(len(kinds))),
         tables=build_tables(schedule, references, opcodes, found, most),
         bindings=references.bindings,
-        threads=THREADS,
+        threads=WIDE_THREADS if moves else THREADS,
         shared_bytes=target.shared_bytes_per_block,
         target=target.name,
         calls={key: _call(tg, key, opcodes[key], found[key], most) for key in used},
@@ -127,15 +138,13 @@ def _source(
     target: Target,
     bindings: int,
     profiled: bool,
+    inline: bool,
+    moves: bool,
 ) -> str:
     # the text of an operator from outside this package stands in the unit itself: it is part of the cubin's key
     sources = [s.replace("#pragma once\n", "") for s in dict.fromkeys(body.source for body in used) if s]
     structs = [f"struct Kind{i} {{\n{text}}};" for (_, text), i in kinds.items()]
-    # Side by side, the bodies of one token in 16-bit types fit the register file, and 1 to 5 % of a step is saved;
-    # larger ones spill unless each is a function.
-    small = all("using Element = float;" not in text for _, text in kinds)
-    small = small and all(call not in LARGE_BODIES or " T = 1," in text for call, text in kinds)
-    kind_of_call = "MPK_DEVICE" if small else "__device__ __noinline__"
+    kind_of_call = "MPK_DEVICE" if inline else "__device__ __noinline__"
     runs = [
         f"{kind_of_call} u32 run{i}(u32 turn, u32 position) {{ Context<Config> c(turn, position); "
         f"{call}<Kind{i}>(c); return c.ring.at.pack(); }}"
@@ -178,6 +187,7 @@ struct Config {{
   static constexpr bool PROFILE = {str(profiled).lower()};
   static constexpr u32 SCRATCH = (largest({", ".join(scratch)}) + 127) / 128 * 128;
   static constexpr u32 SLOT_BYTES = {slot_bytes};
+  static constexpr u32 CONSUMER_REGISTERS = {CONSUMER_REGISTERS if moves else 0}, OTHER_REGISTERS = {OTHER_REGISTERS};
   static constexpr u32 SHARED_BYTES = {target.shared_bytes_per_block};
   static constexpr u32 FIT = (SHARED_BYTES - {FIXED_SHARED} - SCRATCH) / (SLOT_BYTES + 16);
   static constexpr u32 SLOTS = FIT < {MAX_SLOTS} ? FIT : {MAX_SLOTS};
@@ -201,7 +211,7 @@ struct Dispatch {{
 
 }}  // namespace mpk
 
-extern "C" __global__ void __launch_bounds__({THREADS}, 1)
+extern "C" __global__ void __launch_bounds__({WIDE_THREADS if moves else THREADS}, 1)
 {abi.KERNEL_NAME}(const __grid_constant__ mpk::Launch launch) {{
   mpk::megakernel<mpk::Config, mpk::Dispatch>(launch);
 }}

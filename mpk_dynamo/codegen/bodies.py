@@ -137,7 +137,8 @@ def _linear(node: Linear, buffers: Mapping[str, Buffer], flagged: frozenset[str]
     if node.transposed:
         lines += _columns(node, operands)
     elif geometry.slot_rows:
-        lines.append(f"  static constexpr int SLOT_ROWS = {geometry.slot_rows}, CHUNK = {geometry.chunk};")
+        shape = f"SLOT_ROWS = {geometry.slot_rows}, CHUNK = {geometry.chunk}, TILES = {geometry.tiles}"
+        lines.append(f"  static constexpr int {shape};")
     else:
         lines.append(f"  static constexpr int COPY_BYTES = {geometry.copy_bytes}, WARPS = {geometry.warps};")
     lines += _prologue(node, buffers, flagged, operands, geometry, weight)

@@ -33,7 +33,17 @@ GROUP = 64 * 8
 IN_FLIGHT_BYTES = 65536
 """What a worker's loader keeps under way: polls and stores queue behind it."""
 
+SUM_BYTES = 16384
+"""Shared memory for sums of rows of the tensor-core body. With more, fewer slots fit (docs/benchmarks.md)."""
+
+LONG_SUM_BYTES = 32768
+"""The same for more than 8 tokens where x comes in pieces, since each block of rows fetches all of x again."""
+
+LONG_ROWS = 4096
+"""Rows of a Linear of which the workers of a large GPU have no more than one block in SUM_BYTES."""
+
 TILE_ROWS = 8
+TILE_TOKENS = 8
 CONSUMER_WARPS = 8
 LANE_ROWS = 8
 """Rows of a slot that a warp takes, at most."""
@@ -43,7 +53,8 @@ LANE_ROWS = 8
 class Geometry:
     """body: the task body. copy_bytes: of one copy. slot_bytes: shared memory a slot needs. warps: that share a row
     (not on tensor cores). slot_rows: for linear_mma (0: others), the rows of a slot. chunk: their columns.
-    block_rows: rows of one run where rows are cut into chunks; 0: a run is a segment."""
+    tiles: of 8 rows, whose sums are kept at a time. block_rows: rows of one run where rows are cut into chunks; 0: a
+    run is a segment."""
 
     body: str
     copy_bytes: int
@@ -51,6 +62,7 @@ class Geometry:
     warps: int = CONSUMER_WARPS
     slot_rows: int = 0
     chunk: int = 0
+    tiles: int = 0
     block_rows: int = 0
 
 
@@ -94,9 +106,12 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
-        tiles = (8 if node.t.size <= 8 else 4) // joint  # whose sums are in shared memory together
+        halves = 1 if node.t.size <= TILE_TOKENS else 2
+        several = chunk < k and sum(p.rows for p in node.parts) > LONG_ROWS
+        room = LONG_SUM_BYTES if several and halves == 2 else SUM_BYTES
+        tiles = room // (CONSUMER_WARPS * TILE_ROWS * TILE_TOKENS * 4 * halves * joint)
         blocks = tiles * TILE_ROWS if chunk < k else 0
-        return Geometry("linear_mma", piece, rows * piece, CONSUMER_WARPS, rows, chunk, blocks)
+        return Geometry("linear_mma", piece, rows * piece, CONSUMER_WARPS, rows, chunk, tiles, blocks)
     vectors = row // 16
     body, share = ("linear_token", _tiles) if node.t.size == 1 else ("linear", _shared_out)
     most = most if node.t.size == 1 else SLOT_BYTES

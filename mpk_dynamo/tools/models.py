@@ -77,6 +77,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
     "llama-3.2-1b": _llama3(2048, 8192, 16, 32.0, True),
+    "llama-3.2-3b": {**_llama3(3072, 8192, 28, 32.0, True), "num_attention_heads": 24},
     "llama-3.1-8b": _llama3(4096, 14336, 32, 8.0, False),
     "qwen2.5-0.5b": _qwen2(896, 4864, 24, 14, 2, 151936, True),
     "qwen2.5-1.5b": _qwen2(1536, 8960, 28, 12, 2, 151936, True),

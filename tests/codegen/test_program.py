@@ -47,8 +47,8 @@ def program(model: graphs.Model = ONE, target: str = "sm_90a") -> Program:
     return generate(lowered(graphs.decoder(model), known(target)), known(target))
 
 
-def of_sample(name: str, graph: Graph | None = None) -> Program:
-    target = known("sm_90a")
+def of_sample(name: str, graph: Graph | None = None, arch: str = "sm_90a") -> Program:
+    target = known(arch)
     return generate(lowered(graph or SAMPLES[name][1], target, fuse=False), target)
 
 
@@ -162,12 +162,22 @@ def test_transposed_weights_are_operands_cut_at_vectors_and_have_no_runs() -> No
     assert {w for p in node.parts for w in p.weights} <= set(made.calls[0, "linear"].operands)
 
 
-def test_bodies_are_functions_where_several_tokens_are_in_registers() -> None:
-    called = {}
+def test_wide_bodies_get_registers_or_are_functions() -> None:
+    """Several tokens in 16-bit types: registers move to the consumers where the target can, else bodies are functions."""
+    found = {}
     for name, (node, _) in SAMPLES.items():
         if isinstance(node, Linear) and node.parts[0].weights and node.x.dtype is not DType.F32:
-            called.setdefault((node.t.size > 1, node.transposed), set()).add("__noinline__" in of_sample(name).source)
-    assert called == {(False, False): {False}, (False, True): {False}, (True, False): {True}, (True, True): {True}}
+            for target in ("sm_90a", "sm_80"):
+                made = of_sample(name, arch=target)
+                moved = "CONSUMER_REGISTERS = 0," not in made.source
+                assert (
+                    made.threads == (384 if moved else 320) and f"__launch_bounds__({made.threads}, 1)" in made.source
+                )
+                found.setdefault((node.t.size > 1, target), set()).add((moved, "__noinline__" in made.source))
+    assert found == {
+        (False, "sm_90a"): {(False, False)}, (False, "sm_80"): {(False, False)},
+        (True, "sm_90a"): {(True, False)}, (True, "sm_80"): {(False, True)},
+    }  # fmt: skip
 
 
 def test_segments_of_transposed_weights_are_verified() -> None:

@@ -59,11 +59,13 @@ def test_layer_of_one_token_is_five_nodes(layers: int, qk_norm: bool) -> None:
         assert bool(E.reductions(attention.q)) == bool(E.reductions(attention.append.key)) == qk_norm
 
 
-@pytest.mark.parametrize("hidden", [64, 2056])
-def test_norms_of_several_tokens(hidden: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "hidden", "stored"),
+    [(3, 64, 0), (3, 3072, 0), (3, 3080, 5), (8, 2048, 0), (5, 2056, 5), (16, 1024, 0), (9, 1032, 5)],
+)
+def test_norms_of_several_tokens(batch: int, hidden: int, stored: int) -> None:
     """Part of the Linears that read them, as for one token, unless rows are too deep for registers."""
-    g = fused(graphs.decoder(Model(layers=2, batch=3, hidden=hidden, heads=2, kv_heads=2, size=32)))
-    stored = 5 if hidden > 2048 else 0
+    g = fused(graphs.decoder(Model(layers=2, batch=batch, hidden=hidden, heads=2, kv_heads=2, size=32)))
     assert count(g, Linear) == 9 and count(g, Attention) == 2
     assert count(g, RowMap) == 4 + 2 + stored
     assert sum(bool(E.reductions(n.x)) for n in find(g, Linear)) == 5 - stored

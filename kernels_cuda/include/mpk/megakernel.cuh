@@ -385,7 +385,8 @@ MPK_DEVICE void consume(const L& launch, SharedState<C>& s, u32 count) {
   }
 }
 
-// C: configuration (SLOTS, SLOT_BYTES, SCRATCH), P: dispatch over task bodies, L: launch parameters.
+// C: configuration (SLOTS, SLOT_BYTES, SCRATCH; CONSUMER_REGISTERS: that each consumer takes from the others, who keep
+// OTHER_REGISTERS; 0: all keep what they have), P: dispatch over task bodies, L: launch parameters.
 template <class C, class P, class L>
 MPK_DEVICE void megakernel(const L& launch) {
   SharedState<C>& s = shared_state<C>();
@@ -417,9 +418,14 @@ MPK_DEVICE void megakernel(const L& launch) {
   if (__syncthreads_or(none)) return;
   const Queue queue = table<Queue>(launch, TABLE_QUEUES)[blockIdx.x];
   const u32 warp = threadIdx.x / 32;
-  if (warp == kLoaderWarp) loader(launch, s, queue);
-  else if (warp == kControlWarp) control<C, P>(launch, s, queue);
-  else consume<C, P>(launch, s, queue.task_count);
+  if (warp >= kLoaderWarp) {
+    if constexpr (C::CONSUMER_REGISTERS != 0) ptx::give_registers<C::OTHER_REGISTERS>();
+    if (warp == kLoaderWarp) loader(launch, s, queue);
+    else if (warp == kControlWarp) control<C, P>(launch, s, queue);
+  } else {
+    if constexpr (C::CONSUMER_REGISTERS != 0) ptx::take_registers<C::CONSUMER_REGISTERS>();
+    consume<C, P>(launch, s, queue.task_count);
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
     if (s.profile) {

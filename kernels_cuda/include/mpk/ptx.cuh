@@ -87,6 +87,14 @@ MPK_DEVICE void fence_mbarrier_init() {
 #endif
 }
 
+// All warps of a warpgroup at once: COUNT registers per thread from here on, fewer or more than now.
+template <u32 COUNT> MPK_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <u32 COUNT> MPK_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // Named barrier over `threads` threads of the CTA.
 MPK_DEVICE void barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

@@ -14,7 +14,6 @@ namespace mpk {
 constexpr u32 kConsumerWarps = 8;
 constexpr u32 kConsumers = kConsumerWarps * 32;
 constexpr u32 kLoaderWarp = kConsumerWarps, kControlWarp = kConsumerWarps + 1;
-constexpr u32 kThreads = kConsumers + 64;
 constexpr u32 kTileRows = 8;  // rows that linear_mma takes together; a tiled run begins a slot with each tile
 
 // A warp arrives on an mbarrier by one of its lanes, behind __syncwarp. racecheck does not know that this orders the

@@ -138,7 +138,8 @@ def _fits_depth(x: Expr, node: Linear) -> bool:
 def _fits_registers(x: Expr, node: Linear) -> bool:
     alike = {r.var: node.k for r in E.reductions(x)}
     rows = {E.substitute(ld, alike) for ld in E.loads(x) if node.t in ld.free}
-    fits = node.k.size <= PROLOGUE_DEPTH and sum(ld.dtype.itemsize for ld in rows) <= x.dtype.itemsize
+    depth = next((d for tokens, d in PROLOGUE_DEPTH if node.t.size <= tokens), 0)
+    fits = node.k.size <= depth and sum(ld.dtype.itemsize for ld in rows) <= x.dtype.itemsize
     return x.dtype.is_narrow_float and fits
 
 

@@ -40,9 +40,11 @@ PROLOGUE_WEIGHT = 128
 """Weight per element of x up to which a Linear of one token carries a prologue. Each of its tasks computes all of x,
 K elements; an RMSNorm weighs about 20, so that K = 4096 costs a worker of 256 lanes some 300 instructions each."""
 
-PROLOGUE_DEPTH = 2048
-"""With several tokens every worker computes all rows of x and holds them in registers: 64 per thread for 16 rows of
-that depth in a 16-bit type. Deeper rows, or more than one operand, would spill: they are computed once, by a RowMap."""
+PROLOGUE_DEPTH = ((4, 3072), (8, 2048), (16, 1024))
+"""With several tokens, up to so many of them: the depth up to which a Linear carries a prologue. Every worker computes
+all rows of x then and holds them in registers, 32 per thread for 8 rows of 2048 in a 16-bit type. Deeper rows, or more
+than one operand, are computed once, by a RowMap: beyond these depths that took less time, with its edge
+(docs/benchmarks.md)."""
 
 RECOMPUTE = 1 << 16
 """Operations that a fused node may do in excess of its two halves, per row: 256 per lane of one worker, about a

@@ -23,11 +23,10 @@ struct MmaShape {
   static constexpr int PARTS = TILE / N::SLOT_ROWS;  // slots of a tile
   static constexpr int STRIDE = Input::CHUNKS == 1 ? N::K * 2 : N::CHUNK * 2;  // bytes from row to row in a slot
   static constexpr bool SWAP = STRIDE % 128 < 32 || STRIDE % 128 > 96;
-  static constexpr int TILES = 8 / Input::HALVES / N::JOINT;  // of a block: 16 KiB of sums
-  static constexpr int BLOCK_ROWS = TILES * TILE;
+  static constexpr int BLOCK_ROWS = N::TILES * TILE;
   static constexpr int ENTRY = Input::HALVES * 8 * TILE;     // sums of a tile, of a warp
   static constexpr int PITCH = WARPS * ENTRY + 8 / N::JOINT;  // padded: neighbouring tiles in other banks
-  static constexpr int SUMS = TILES * N::JOINT * PITCH * 4;
+  static constexpr int SUMS = N::TILES * N::JOINT * PITCH * 4;
   static constexpr int SCRATCH = SUMS + Input::SCRATCH;
   static constexpr int OWN = (BLOCK_ROWS * N::T + static_cast<int>(kConsumers) - 1) / static_cast<int>(kConsumers);
   static_assert(N::T <= 16 && (N::JOINT == 1 || N::JOINT == 2), "shape");
