@@ -329,6 +329,18 @@ def _contiguous_along(buffer: Buffer, idx: tuple[Expr, ...], d: Var, origin: str
             raise Unsupported(f"cache {buffer.name}: rows do not start at 16-byte boundaries", origin=origin)
 
 
+def _stride(buffer: Buffer, idx: tuple[Expr, ...], along: Var) -> int:
+    """Elements from one value of `along` to the next; 0 where that is no constant."""
+    step = 0
+    for e, stride in zip(idx, buffer.strides, strict=True):
+        for term, c in linear_terms(e)[0].items():
+            if term is along:
+                step += c * stride
+            elif along in term.free:
+                return 0
+    return step
+
+
 def _either(text: str, other: str, condition: str) -> str:
     """`text`, or `other` where `condition` holds, when they differ in nothing but the slots of operands; else "". Code
     that is there once takes half the instruction cache."""
@@ -343,6 +355,12 @@ def _either(text: str, other: str, condition: str) -> str:
 
     return pattern.sub(slot, text)
 
+
+WORDS = frozenset((DType.BOOL, DType.BF16, DType.F16, DType.F32))
+"""Types of masks that are kept as they are in memory until they are used."""
+
+MMA_KEYS = 16
+"""Keys that attention_mma takes at a time: the fewest that a cache must hold for it."""
 
 MAX_QUERY_BYTES = 64 << 10
 """Shared memory for the query rows of an attention task, which leaves room for the ring on every target."""
@@ -367,13 +385,15 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
     cache = MEMORY_TYPE[keys.dtype]
     mask = 0 if node.mask is None else 1 if node.mask.dtype is DType.BOOL else 2
     narrow = {keys.dtype, node.q.dtype, *((node.append.key.dtype, node.append.value.dtype) if node.append else ())}
-    on_tensor_cores = len(narrow) == 1 and keys.dtype.is_narrow_float
+    on_tensor_cores = len(narrow) == 1 and keys.dtype.is_narrow_float and node.s.size >= MMA_KEYS
     lines = [
         f"  using Cache = {cache};",
         f"  static constexpr int G = {node.h.size // node.g.size}, H = {node.h.size}, D = {node.d.size};",
         f"  static constexpr int S = {node.s.size}, CHUNK = {MIN_KEYS};",
         f"  static constexpr bool MMA = {'true' if on_tensor_cores else 'false'}, "
         f"HALF = {'true' if keys.dtype is DType.F16 else 'false'};",
+        f"  static constexpr int KEY_STRIDE = {_stride(keys, node.key_index, node.s)}, "
+        f"VALUE_STRIDE = {_stride(values, node.value_index, node.s)};",
         f"  static constexpr bool APPEND = {'true' if node.append else 'false'};",
         f"  static constexpr int MASK = {mask};",
         f"  static constexpr bool MASK_PER_HEAD = {'true' if mask and node.h in node.mask.free else 'false'};",
@@ -406,8 +426,12 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         slot = operands.slot(buffer)
         offset = emitter.offset(buffers[buffer], idx, node.d)
         return (
-            f"  {TEMPLATE} MPK_DEVICE static {cache}* {name}(Ctx& c, int b, int g, int s) {{ {' '.join(emitter.lines)} "
-            f"return c.template pointer<{cache}>({slot}) + ({offset}); }}"
+            f"  {TEMPLATE} MPK_DEVICE static {cache}* {name}_base(Ctx& c) {{ "
+            f"return c.template pointer<{cache}>({slot}); }}\n"
+            f"  {TEMPLATE} MPK_DEVICE static {cache}* {name}(Ctx& c, int b, int g, int s, {cache}* base) {{ "
+            f"{' '.join(emitter.lines)} return base + ({offset}); }}\n"
+            f"  {TEMPLATE} MPK_DEVICE static {cache}* {name}(Ctx& c, int b, int g, int s) {{ "
+            f"return {name}(c, b, g, s, {name}_base(c)); }}"
         )
 
     q_row, key_row = row(node.h, node.q), row(node.g, node.append.key) if node.append else ""
@@ -428,6 +452,8 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         lines.append(scalar("mask_bool", "bool", head, node.mask))
     if mask == 2:
         lines.append(scalar("mask_add", "float", head, cast(node.mask, DType.F32)))
+    if node.mask is not None:
+        lines += _mask_word(node.mask, make({v: n for n, v in head}))
     lines += _limits(node, make)
     if split:
         # no store: partial results go to the two buffers that the task names by operand slot
@@ -440,6 +466,22 @@ def _attention(node: Attention, buffers: Mapping[str, Buffer], split: bool, flag
         lines.append("  MPK_DEVICE static void partial(float*, float) {}")
         lines.append(_attention_store(node, buffers, operands, flagged))
     return Body("attention", "attention", "\n".join(lines) + "\n", tuple(operands.names))
+
+
+def _mask_word(mask: Expr, emitter: Emitter) -> list[str]:
+    """mask_word(c, b, h, s): what is loaded of a mask, and mask_value(word): what it adds to the score. Apart, so that
+    a load is not waited for where it is made."""
+    parameters = "Ctx& c, int b, int h, int s"
+    if isinstance(mask, Load) and mask.dtype in WORDS and not emitter.is_flagged(mask.buffer):
+        word, stored = f"word_at({emitter.address(mask)})", MEMORY_TYPE[mask.dtype]
+    else:
+        value = emitter.emit(mask if mask.dtype is DType.BOOL else cast(mask, DType.F32))
+        word, stored = (value, "bool") if mask.dtype is DType.BOOL else (f"__float_as_uint({value})", "float")
+    value = "word ? 0.0f : -infinity()" if stored == "bool" else f"float_of<{stored}>(word)"
+    return [
+        f"  {TEMPLATE} MPK_DEVICE static u32 mask_word({parameters}) {{ {' '.join(emitter.lines)} return {word}; }}",
+        f"  MPK_DEVICE static float mask_value(u32 word) {{ return {value}; }}",
+    ]
 
 
 def _limits(node: Attention, make: Callable[[Mapping[Expr, str]], Emitter]) -> list[str]:

@@ -163,7 +163,7 @@ def test_transposed_weights_are_operands_cut_at_vectors_and_have_no_runs() -> No
 
 
 def test_wide_bodies_get_registers_or_are_functions() -> None:
-    """Several tokens in 16-bit types: registers move to the consumers where the target can, else bodies are functions."""
+    """Several tokens in 16-bit types: consumers get registers where the target can, else bodies are functions."""
     found = {}
     for name, (node, _) in SAMPLES.items():
         if isinstance(node, Linear) and node.parts[0].weights and node.x.dtype is not DType.F32:

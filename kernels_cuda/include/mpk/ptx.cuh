@@ -153,6 +153,11 @@ MPK_DEVICE Vec4 load_global(const void* p) {
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
+// If so; else v stays. Without a branch, at whose end the load would be waited for.
+MPK_DEVICE void load_global_if(bool so, const void* p, Vec4& v) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(static_cast<u32>(so)) : "memory");
+}
 // A weight: nothing writes it during a launch, so only the order of other such loads and barriers is kept.
 MPK_DEVICE Vec4 load_weight(const void* p) {
   Vec4 v;

@@ -39,6 +39,12 @@ MPK_DEVICE int load1(const int* p) { return *p; }
 MPK_DEVICE int load1(const u8* p) { return *p; }
 MPK_DEVICE bool load1(const bool* p) { return *reinterpret_cast<const u8*>(p) != 0; }
 
+// The same as it is in memory.
+MPK_DEVICE u32 word_at(const bf16* p) { return p->bits; }
+MPK_DEVICE u32 word_at(const f16* p) { return p->bits; }
+MPK_DEVICE u32 word_at(const float* p) { return *reinterpret_cast<const u32*>(p); }
+MPK_DEVICE u32 word_at(const bool* p) { return *reinterpret_cast<const u8*>(p); }
+
 template <class T, class V> MPK_DEVICE void store1(T* p, V v) {
   if constexpr (sizeof(T) == 2) *p = narrow<T>(static_cast<float>(v));
   else *p = static_cast<T>(v);

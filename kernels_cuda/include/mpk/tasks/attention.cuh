@@ -14,8 +14,10 @@
 // S, CHUNK, APPEND, MASK (0 none, 1 bool, 2 additive), MASK_PER_HEAD, SCALE, SOFTCAP (0: none); ALIKE: rows of q and the
 // new key are the same function of other operands; q_row(c, group, b, h, store, key), key: the new key's where they are
 // ALIKE; key_row, value_row; with store(d, value);
-// position(c, b), first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements; new_key_at,
-// new_value_at: the same in the written version; mask_bool / mask_add(c, b, h, s); store(c, b, h, d, value);
+// position(c, b), first(c, b), last(c, b); key_at(c, b, g, s), value_at: pointers to D consecutive elements, also with the
+// pointer that key_at_base(c) gives, and KEY_STRIDE elements apart where that is a constant (else 0); new_key_at,
+// new_value_at: the same in the written version; mask_bool / mask_add(c, b, h, s), or mask_word(c, b, h, s) to load it
+// and mask_value(word) for what it adds to a score; store(c, b, h, d, value);
 // partial(pointer, value) stores a partial result; FLAGGED: whether they are their own flags.
 #pragma once
 #include "mpk/group.cuh"

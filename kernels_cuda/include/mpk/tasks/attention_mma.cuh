@@ -16,12 +16,13 @@ struct MmaAttention {
   static constexpr int GROUPS = static_cast<int>(kConsumerWarps) / PARTS;
   static constexpr int HALVES = N::D <= 128 ? 2 : 1;     // rows of A in use: 8 keys each
   static constexpr int TILES = N::D <= 64 ? 2 : 1;       // under way together
-  static constexpr int TILE = 8 * HALVES, BATCH = TILE * TILES;
+  static constexpr int TILE = 8 * HALVES;                // keys
   static constexpr int KEY_VECTORS = (N::D + 31) / 32, VALUE_VECTORS = ((N::D + 63) / 64 + PARTS - 1) / PARTS;
   static constexpr int FIT = 8192 / N::D / GROUPS;
   static constexpr int MERGED = HEADS <= FIT ? HEADS : FIT & ~1;  // heads whose sums are exchanged together
   using Scratch = AttentionScratch<N, typename N::Cache, MERGED, GROUPS>;
   static constexpr int SCRATCH = Scratch::BYTES;
+  static_assert(N::S >= TILE, "a tile must lie within the cache");
   static_assert(N::D % 8 == 0 && N::D <= 256 && sizeof(typename N::Cache) == 2 && MERGED > 0, "head size");
 };
 
@@ -50,47 +51,55 @@ MPK_DEVICE void attention_mma(Ctx& c) {
   float* stats = sums + W * S::MERGED * S::Scratch::STRIDE;
 
   ptx::Vec4 key[S::TILES][S::HALVES][KV], value[S::TILES][2 * S::HALVES][VV];
-  float added[S::TILES][S::HALVES];  // by a mask that all heads share; -inf ignores the key
+  u32 mask[S::TILES][S::HALVES];  // that all heads share; its values are made of it where they are used
   const int position = c.ready->ahead[0], begin = c.ready->ahead[1], end = c.ready->ahead[2];
-  const auto key_of = [&](int t, int r) { return t * S::TILE + 8 * r + row; };
-  const auto value_of = [&](int t, int i) { return t * S::TILE + 8 * (i / 2) + 2 * column + i % 2; };
+  const int start = begin + warp * S::TILE;
+  T *const keys = N::key_at_base(c), *const values = N::value_at_base(c);
+  const auto key_of = [&](int r) { return 8 * r + row; };  // within a tile
+  const auto value_of = [&](int i) { return 8 * (i / 2) + 2 * column + i % 2; };
+  // Tiles of a round, and where their rows begin. The last tile of the range lies where it is whole, so that rows are at
+  // fixed distances: it begins with keys that are another tile's, which are dead to it.
+  const auto tile_of = [&](int t, int s0) { return s0 + t * W * S::TILE; };
+  const auto place = [&](int s) { return max(min(s, end - S::TILE), 0); };
+  // The appended key's row is not read: it is being written.
   const auto fetch_keys = [&](int s0) {
 #pragma unroll
-    for (int t = 0; t < S::TILES; ++t)
+    for (int t = 0; t < S::TILES; ++t) {
+      const int p = place(tile_of(t, s0));
+      const bool there = t == 0 || tile_of(t, s0) < end;
+      const T* first = N::key_at(c, b, g, p + row, keys) + 8 * column;
 #pragma unroll
       for (int r = 0; r < S::HALVES; ++r) {
-        const int s = s0 + key_of(t, r);
-        if (s < end) {
-          const T* from = N::key_at(c, b, g, s);
+        const int s = p + key_of(r);
+        const T* from = N::KEY_STRIDE ? first + 8 * r * N::KEY_STRIDE : N::key_at(c, b, g, s, keys) + 8 * column;
 #pragma unroll
-          for (int j = 0; j < KV; ++j)
-            if (const int d = 32 * j + 8 * column; D % 32 == 0 || d < D)
-              if (s != position) key[t][r][j] = ptx::load_global(from + d);
-          if constexpr (N::MASK == 1 && !N::MASK_PER_HEAD) added[t][r] = N::mask_bool(c, b, 0, s) ? 0.0f : -infinity();
-          if constexpr (N::MASK == 2 && !N::MASK_PER_HEAD) added[t][r] = N::mask_add(c, b, 0, s);
-        }
+        for (int j = 0; j < KV; ++j)
+          ptx::load_global_if(there && s != position && (D % 32 == 0 || 32 * j + 8 * column < D), from + 32 * j, key[t][r][j]);
+        if constexpr (N::MASK != 0 && !N::MASK_PER_HEAD) mask[t][r] = N::mask_word(c, b, 0, s);
       }
+    }
   };
   const auto fetch_values = [&](int s0) {
 #pragma unroll
-    for (int t = 0; t < S::TILES; ++t)
+    for (int t = 0; t < S::TILES; ++t) {
+      const int p = place(tile_of(t, s0));
+      const bool there = t == 0 || tile_of(t, s0) < end;
+      const T* first = N::value_at(c, b, g, p + 2 * column, values) + column_of(0);
 #pragma unroll
       for (int i = 0; i < 2 * S::HALVES; ++i) {
-        const int s = s0 + value_of(t, i);
-        const T* from = N::value_at(c, b, g, s);
+        const int s = p + value_of(i);
+        const T* from = N::VALUE_STRIDE ? first + (8 * (i / 2) + i % 2) * N::VALUE_STRIDE : N::value_at(c, b, g, s, values) + column_of(0);
 #pragma unroll
         for (int j = 0; j < VV; ++j)
-          if (const int d = column_of(j); D % (64 * S::PARTS) == 0 || d < D) {
-            value[t][i][j] = {0, 0, 0, 0};
-            if (s < end && s != position) value[t][i][j] = ptx::load_global(from + d);
-          }
+          ptx::load_global_if(there && s != position && (D % (64 * S::PARTS) == 0 || column_of(j) < D), from + 64 * j, value[t][i][j]);
       }
+    }
   };
 #pragma unroll
   for (int t = 0; t < S::TILES; ++t) {
 #pragma unroll
     for (int r = 0; r < S::HALVES; ++r) {
-      added[t][r] = 0.0f;
+      mask[t][r] = 0;
 #pragma unroll
       for (int j = 0; j < KV; ++j) key[t][r][j] = {0, 0, 0, 0};
     }
@@ -99,8 +108,10 @@ MPK_DEVICE void attention_mma(Ctx& c) {
 #pragma unroll
       for (int j = 0; j < VV; ++j) value[t][i][j] = {0, 0, 0, 0};
   }
-  fetch_keys(begin + warp * S::BATCH);
-  fetch_values(begin + warp * S::BATCH);
+  if (start < end) {
+    fetch_keys(start);
+    fetch_values(start);
+  }
   attention_rows<N>(c, b, g, rows);
   c.barrier();
   c.mark(kInputs);
@@ -120,20 +131,20 @@ MPK_DEVICE void attention_mma(Ctx& c) {
     for (int i = 0; i < VV * 4; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) o[i][e] = 0.0f;
-    if (h0) {
-      fetch_keys(begin + warp * S::BATCH);
-      fetch_values(begin + warp * S::BATCH);
+    if (h0 && start < end) {
+      fetch_keys(start);
+      fetch_values(start);
     }
 #pragma unroll 1
-    for (int s0 = begin + warp * S::BATCH; s0 < end; s0 += W * S::BATCH) {
-      const bool fresh = N::APPEND && static_cast<u32>(position - s0) < static_cast<u32>(S::BATCH);
+    for (int s0 = start; s0 < end; s0 += S::TILES * W * S::TILE) {
+      const auto fresh = [&](int t) { return N::APPEND && static_cast<u32>(position - tile_of(t, s0)) < static_cast<u32>(S::TILE); };
       float w[S::TILES][4];
 #pragma unroll
       for (int t = 0; t < S::TILES; ++t) {
-        if (fresh)
+        if (fresh(t))
 #pragma unroll
           for (int r = 0; r < S::HALVES; ++r)
-            if (s0 + key_of(t, r) == position)
+            if (place(tile_of(t, s0)) + key_of(r) == position)
 #pragma unroll
               for (int j = 0; j < KV; ++j)
                 if (const int d = 32 * j + 8 * column; D % 32 == 0 || d < D) key[t][r][j] = ptx::load_shared(new_key + d);
@@ -154,9 +165,9 @@ MPK_DEVICE void attention_mma(Ctx& c) {
         for (int e = 0; e < 4; ++e) {
           float score = w[t][e] * N::SCALE;
           if constexpr (N::SOFTCAP != 0.0f) score = N::SOFTCAP * tanhf(score * (1.0f / N::SOFTCAP));
-          const int s = s0 + key_of(t, e / 2);
-          bool dead = s >= end || (e >= 2 && S::HALVES == 1);
-          if constexpr (N::MASK != 0 && !N::MASK_PER_HEAD) score += added[t][e / 2 % S::HALVES];
+          const int s = place(tile_of(t, s0)) + key_of(e / 2);
+          bool dead = s < tile_of(t, s0) || s >= end || (e >= 2 && S::HALVES == 1);
+          if constexpr (N::MASK != 0 && !N::MASK_PER_HEAD) score += N::mask_value(mask[t][e / 2 % S::HALVES]);
           if constexpr (N::MASK != 0 && N::MASK_PER_HEAD) {
             const int head = g * N::G + min(h0 + 2 * column + e % 2, N::G - 1);
             if (!dead) {
@@ -167,8 +178,8 @@ MPK_DEVICE void attention_mma(Ctx& c) {
           w[t][e] = dead ? -infinity() : score;
           top[e % 2] = fmaxf(top[e % 2], w[t][e]);
         }
-      const bool more = s0 + W * S::BATCH < end;
-      if (more) fetch_keys(s0 + W * S::BATCH);
+      const int next = s0 + S::TILES * W * S::TILE;
+      if (next < end) fetch_keys(next);
       bool moved = false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -196,25 +207,29 @@ MPK_DEVICE void attention_mma(Ctx& c) {
           w[t][e] = w[t][e] != -infinity() ? ptx::exp2_approx((w[t][e] - m[e % 2]) * kLog2e) : 0.0f;
           l[e % 2] += w[t][e];
         }
-        if (fresh)
+        if (fresh(t))
 #pragma unroll
           for (int i = 0; i < 2 * S::HALVES; ++i)
-            if (s0 + value_of(t, i) == position)
+            if (place(tile_of(t, s0)) + value_of(i) == position)
 #pragma unroll
               for (int j = 0; j < VV; ++j)
                 if (const int d = column_of(j); D % (64 * S::PARTS) == 0 || d < D) value[t][i][j] = ptx::load_shared(new_value + d);
-        if constexpr (N::MASK != 0) {  // what an ignored key holds, even NaN, is no matter
-          const bool mine = 2 * column < count, next = 2 * column + 1 < count;
+        // What an ignored key holds, even NaN, is no matter.
+        u32 used[S::HALVES];
+        if constexpr (N::MASK != 0) {
+          const bool mine = 2 * column < count, beside = 2 * column + 1 < count;
 #pragma unroll
-          for (int r = 0; r < S::HALVES; ++r) {
-            const u32 used = __ballot_sync(~0u, (mine && w[t][2 * r] != 0.0f) || (next && w[t][2 * r + 1] != 0.0f));
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              if ((used >> (4 * (2 * column + i)) & 15u) == 0)
-#pragma unroll
-                for (int j = 0; j < VV; ++j) value[t][2 * r + i][j] = {0, 0, 0, 0};
-          }
+          for (int r = 0; r < S::HALVES; ++r)
+            used[r] = __ballot_sync(~0u, (mine && w[t][2 * r] != 0.0f) || (beside && w[t][2 * r + 1] != 0.0f));
         }
+        if (N::MASK != 0 || tile_of(t, s0) + S::TILE > end)
+#pragma unroll
+          for (int i = 0; i < 2 * S::HALVES; ++i) {
+            const int s = place(tile_of(t, s0)) + value_of(i);
+            if (N::MASK != 0 ? (used[i / 2] >> (4 * (2 * column + i % 2)) & 15u) == 0 : s < tile_of(t, s0) || s >= end)
+#pragma unroll
+              for (int j = 0; j < VV; ++j) value[t][i][j] = {0, 0, 0, 0};
+          }
         u32 high[2] = {0, 0}, low[2] = {0, 0};
 #pragma unroll
         for (int r = 0; r < S::HALVES; ++r) weight_fragments<T>(w[t][2 * r], w[t][2 * r + 1], high[r], low[r]);
@@ -233,7 +248,7 @@ MPK_DEVICE void attention_mma(Ctx& c) {
           }
         }
       }
-      if (more) fetch_values(s0 + W * S::BATCH);
+      if (next < end) fetch_values(next);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)

@@ -64,6 +64,9 @@ inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline Vec4 load_shared(const void* p) { return *static_cast<const Vec4*>(p); }
 inline Vec4 load_shared(Address a) { return load_shared(reinterpret_cast<const void*>(a)); }
 inline Vec4 load_global(const void* p) { return *static_cast<const Vec4*>(p); }
+inline void load_global_if(bool so, const void* p, Vec4& v) {
+  if (so) v = load_global(p);
+}
 inline Vec4 load_weight(const void* p) { return *static_cast<const Vec4*>(p); }
 inline void prefetch_l2(const void*) {}
 
