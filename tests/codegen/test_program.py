@@ -72,6 +72,22 @@ def test_nvrtc_compiles_several_tokens() -> None:
     build(program(SEVERAL), known("sm_90a"), cache=False)
 
 
+REAL = {
+    "7b-16": graphs.Model(1, 16, 3584, 28, 4, 128, 18944, capacity=1024),
+    "1b-16": graphs.Model(1, 16, 2048, 32, 8, 64, 8192, capacity=1024),
+    "8b-1": graphs.Model(1, 1, 4096, 32, 8, 128, 12288, capacity=1024),
+    "heads-of-256-8": graphs.Model(1, 8, 2048, 16, 8, 256, 8192, capacity=1024),
+}
+
+
+@pytest.mark.parametrize("name", ["7b-16", *(pytest.param(n, marks=pytest.mark.slow) for n in list(REAL)[1:])])
+def test_nothing_spills_at_real_sizes(name: str) -> None:
+    target = known("h200")
+    made = generate(lowered(graphs.decoder(REAL[name]), target, target.sm_count), target)
+    resources = build(made, target, cache=False).report
+    assert (resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0), resources
+
+
 def test_code_does_not_grow_with_depth() -> None:
     shallow, deep = (program(graphs.Model(layers=n)) for n in (2, 9))
     assert len(deep.kinds) == len(shallow.kinds)
