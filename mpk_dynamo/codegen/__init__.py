@@ -83,11 +83,12 @@ def _call(tg: TaskGraph, key: tuple[int, str], opcode: int, body: Body, most: in
 
 
 def isolated(program: Program) -> dict[str, Program]:
-    """Kind -> the program with that one task body: what registers it takes when it stands alone. Not for launching."""
+    """Kind -> the program with that one task body: what registers it takes when it stands alone; "" -> with none. Not
+    for launching."""
     case = "      case {}: return run{}(turn, position);\n"
     cases = {i: case.format(i, i) for i in range(len(program.kinds))}
     found = {}
-    for i, kind in enumerate(program.kinds):
+    for i, kind in enumerate((*program.kinds, "")):
         source = program.source
         for j, text in cases.items():
             if text not in source:

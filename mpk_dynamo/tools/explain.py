@@ -183,9 +183,11 @@ def _masks(tg: "TaskGraph") -> list[str]:
 
 
 def _resources(program: "Program", target: "Target", settings: Settings) -> dict[str, str]:
-    """Registers and spills of each task body by itself: in the kernel, bodies inlined side by side share them."""
+    """Registers, spills and instructions of each task body by itself: in the kernel, bodies inlined side by side share
+    registers. The instructions are those that the kernel without any body has not."""
     from ..codegen import isolated
     from ..runtime import build as build_program
+    from ..runtime.disassembly import describe, instructions, nvdisasm
 
     tg = program.schedule.tasks
     opcodes = np.frombuffer(program.tables["tasks"], abi.TASK.dtype)
@@ -196,10 +198,18 @@ def _resources(program: "Program", target: "Target", settings: Settings) -> dict
         cache = settings.cache_dir or None
         jobs = {k: pool.submit(build_program, p, target, cache_dir=cache) for k, p in alone.items()}
     found = {}
+    none = jobs.pop("").result()
+    base = instructions(none.cubin) if nvdisasm() else None
     for i, (kind, job) in enumerate(jobs.items()):
         r = job.result().report
         spills = f"{r.spill_store_bytes}/{r.spill_load_bytes} bytes spilled"
         found[kind] = f"{r.registers} registers, {spills}, first at {first[i].origin or first[i].name}"
+        if base is not None:
+            own = instructions(job.result().cubin)
+            own.subtract(base)
+            found[f"{kind} code"] = describe(own)
+    if base is not None:
+        found["no body"] = f"{none.report.registers} registers; {describe(base)}"
     return found
 
 

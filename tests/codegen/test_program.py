@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from functools import lru_cache
 
 import graphs
@@ -23,6 +24,7 @@ from mpk_dynamo.ops import attention, linear
 from mpk_dynamo.passes import graph as passes
 from mpk_dynamo.report import Report
 from mpk_dynamo.runtime import build
+from mpk_dynamo.runtime.disassembly import describe, instructions, nvdisasm
 from mpk_dynamo.targets import Target, known
 from mpk_dynamo.verify import verify_program
 from mpk_dynamo.verify.tables import decode
@@ -86,6 +88,26 @@ def test_nothing_spills_at_real_sizes(name: str) -> None:
     made = generate(lowered(graphs.decoder(REAL[name]), target, target.sm_count), target)
     resources = build(made, target, cache=False).report
     assert (resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0), resources
+
+
+@pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm")
+def test_instructions_of_bodies() -> None:
+    """Tensor cores for several tokens and not for one, whole vectors of weights, bulk copies in no body."""
+    kinds = {}
+    for model in (ONE, SEVERAL):
+        made, target = program(model), known("sm_90a")
+        alone = {kind: instructions(build(p, target, cache=False).cubin) for kind, p in isolated(made).items()}
+        assert any(opcode.startswith("UBLKCP") for opcode in alone[""])
+        for kind, found in alone.items():
+            found.subtract(alone[""])
+            assert "x UBLKCP" not in describe(found)
+            kinds.setdefault(kind.split(":")[0], []).append((model is SEVERAL, describe(found)))
+    mma = "HMMA.16816.F32.BF16"
+    assert {(several, mma in text) for several, text in kinds["linear"]} == {(False, False), (True, True)}
+    assert all(mma in text and "x 128 bit" in text for _, text in kinds["attention"])
+    assert describe(Counter({"LDG.E.128": 2, "LDG.E.U16": 1, "LDS": 3, "FADD": 4})) == (
+        "0.2 KiB of code; global loads 2 x 128 bit, 1 x 16 bit; shared loads 3 x 32 bit"
+    )
 
 
 def test_code_does_not_grow_with_depth() -> None:
@@ -293,7 +315,8 @@ def test_more_buffers_than_a_launch_carries(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_body_by_itself_is_the_same_unit_with_one_case() -> None:
     made = program()
     alone = isolated(made)
-    assert list(alone) == list(made.kinds)
+    assert list(alone) == [*made.kinds, ""]
+    assert not re.findall(r"      case (\d+): return run", alone[""].source)
     for i, kind in enumerate(made.kinds):
         left = re.findall(r"      case (\d+): return run", alone[kind].source)
         assert left == [str(i)]
