@@ -17,7 +17,8 @@ class Machine:
     which one worker's body takes weights that are in its ring, with one token and with several.
     task: from the end of a task until the next one's events can be looked at and its warps have met. event, poll: from
     the last producer's end until a waiter on another worker has seen it, by a counter and by flagged data.
-    prologue: from then until the inputs of a linear are in registers; finish: from its last weights to its results.
+    prologue: from then until the inputs of a linear are in registers; normed, plain: bytes per second at which a worker
+    fetches x of several tokens besides, with a norm and as it is; finish: from its last weights to its results.
     signal: from the results until events are signalled. small: a task without weights, from inputs to results.
     query: the prologue of an attention, and what its combination takes to read all parts; attend: from there, or from
     when its keys and values have come, to its results. One worker reads these at `gather` bytes per second, the first
@@ -34,6 +35,8 @@ class Machine:
     event: float
     poll: float
     prologue: float
+    normed: float
+    plain: float
     finish: float
     signal: float
     small: float
@@ -57,11 +60,13 @@ def machine_of(target: Target) -> Machine:
         ring=min(256 * 1024, max(target.shared_bytes_per_block - 16 * 1024, 32 * 1024)),
         waiting=15e9,
         fma=53e9,
-        mma=34e9,
+        mma=36e9,
         task=0.6 * _US,
         event=0.85 * _US,
         poll=0.6 * _US,
         prologue=0.4 * _US,
+        normed=14e9,
+        plain=40e9,
         finish=0.4 * _US,
         signal=0.6 * _US,
         small=0.30 * _US,

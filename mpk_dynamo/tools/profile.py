@@ -62,7 +62,7 @@ def _predicted(arguments: argparse.Namespace) -> Profile:
 
     def compile_it(captured: "Captured", report: Report, dump: Dump) -> None:
         schedule = lower(captured.graph, arguments.workers or target.sm_count, target, report, dump)
-        timelines.append(simulate(schedule, machine_of(target)))
+        timelines.append(simulate(schedule, machine_of(target), arguments.prompt))
 
     # sizes are all that lowering needs: nothing is allocated
     decoder = _decoder(arguments, torch.device("meta"), steps=1)
@@ -86,7 +86,7 @@ def _measured(arguments: argparse.Namespace) -> Profile:
 
     _through(decoder, compile_it, arguments)
     ceiling = measure_ceiling(device)
-    predicted = simulate(timelines[0].schedule, machine_of(place.target))
+    predicted = simulate(timelines[0].schedule, machine_of(place.target), arguments.prompt)
     title = _title(arguments, torch.cuda.get_device_name(device))
     return Profile(timelines[0], title, ceiling.bandwidth, f"measured: {ceiling.method}", predicted)
 

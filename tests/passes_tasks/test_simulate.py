@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from small_programs import program, task
 
+from mpk_dynamo.ops.attention import AttentionOperator
 from mpk_dynamo.passes.schedule import schedule
 from mpk_dynamo.passes.schedule.simulate import simulate
 from mpk_dynamo.passes.schedule.timeline import COMPUTED, INPUTS, READY, STREAMED
 from mpk_dynamo.passes.tasks import choose_flagged, derive_events
+from mpk_dynamo.passes.tasks.tile import tile
 from mpk_dynamo.targets import known, machine_of
 from mpk_dynamo.targets.machine import Machine
 
 UNIT = Machine(
     bandwidth=20.0, spread=0.0, ring=30.0, waiting=10.0, fma=40.0, mma=40.0, task=1.0, event=3.0, poll=2.0,
-    prologue=0.5, finish=0.25, signal=0.125, small=1.0, query=4.0, attend=5.0, gather=10.0, fetched=0.0,
+    prologue=0.5, normed=4.0, plain=8.0, finish=0.25, signal=0.125, small=1.0, query=4.0, attend=5.0, gather=10.0, fetched=0.0,
 )  # fmt: skip
 """With two workers, each streams 10 bytes per second."""
 
@@ -59,7 +61,7 @@ def test_an_attention_takes_the_time_of_its_keys():
         assert found.clock[0, COMPUTED] == pytest.approx(wanted)
 
 
-def linear_chain(weights_rows):
+def linear_chain(weights_rows, tokens=1, normed=False):
     """Linears of one worker each, one after the other; K = 4 floats, so a row has 16 bytes."""
     from mpk_dynamo.ir import expr as ex
     from mpk_dynamo.ir.graph import Graph, Linear, LinearPart
@@ -74,7 +76,9 @@ def linear_chain(weights_rows):
         buffers[out] = buffer(out, DType.F32, (rows,), BufferKind.OUTPUT)
         n = ex.var("n", rows)
         part = LinearPart((weight,), rows, ex.acc(0), out, (n,))
-        nodes.append(Linear(f"linear{i}", ex.var("t", 1), ex.var("k", 4), ex.const(0, DType.F32), (part,)))
+        k = ex.var("k", 4)
+        x = ex.reduce("sum", k, ex.cast(k, DType.F32)) if normed else ex.const(0, DType.F32)
+        nodes.append(Linear(f"linear{i}", ex.var("t", tokens), k, x, (part,)))
         reads = (Access(weight, ((0, rows), (0, 4))),)
         tasks.append(Task(i, i, "linear", (0, rows), reads, (Access(out, ((0, rows),)),), rows * 16, 0))
     return TaskGraph(Graph(tuple(nodes), dict(buffers), ()), buffers, tuple(tasks))
@@ -88,6 +92,22 @@ def test_a_loader_runs_ahead_of_its_worker_until_the_ring_is_full():
     assert simulate(schedule(linear_chain([4]), 1), late).clock[0, STREAMED] == pytest.approx(100.5 + 34 / 20)
     slow = dataclasses.replace(UNIT, fma=8.0)  # bytes per second: now the body is the limit
     assert simulate(schedule(linear_chain([4]), 1), slow).clock[0, STREAMED] == pytest.approx(1.5 + 8)
+
+
+def test_several_tokens_are_fetched_and_perhaps_normed():
+    """x of 3 tokens, 4 floats each: 48 bytes, at 8 per second, or at 4 with a norm."""
+    for normed, wanted in ((False, 1.5 + 6), (True, 1.5 + 12)):
+        assert simulate(schedule(linear_chain([4], 3, normed), 1), UNIT).clock[0, INPUTS] == pytest.approx(wanted)
+
+
+def test_an_attention_reads_the_keys_that_are_there():
+    """Of 1100 keys in two splits: all, half, or the least number that a split has."""
+    node, graph = next((n, g) for n, g in AttentionOperator().samples() if n.s.size == 1100)
+    made = schedule(derive_events(tile(graph, 2 * node.b.size * node.g.size)), 4)
+    reading = next(t for t in made.tasks.tasks if t.op == "attention" and t.tile[3] == 2)
+    for live, share in ((None, 1.0), (4000, 1.0), (550, 0.5), (100, 128 * 2 / 1100)):
+        clock = simulate(made, UNIT, live).clock[reading.id]
+        assert clock[COMPUTED] - clock[INPUTS] == pytest.approx(5 + share * reading.bytes / 10)
 
 
 def test_predictions_repeat_and_machines_differ():

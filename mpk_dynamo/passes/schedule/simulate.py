@@ -6,15 +6,17 @@ from math import prod
 
 import numpy as np
 
-from ...ir.graph import Linear
+from ...ir.expr import reductions
+from ...ir.graph import Attention, Linear
 from ...ir.schedule import Schedule
 from ...ir.tasks import Task, TaskGraph
+from ...ops.attention import MIN_KEYS
 from ...targets.machine import Machine
 from .timeline import COMPUTED, INPUTS, READY, SIGNALLED, STREAMED, WAITS, Timeline, edges_of
 
 
-def simulate(schedule: Schedule, machine: Machine) -> Timeline:
-    """Run the queues on a model of the kernel.
+def simulate(schedule: Schedule, machine: Machine, live: int | None = None) -> Timeline:
+    """Run the queues on a model of the kernel. live: keys that attentions find; as many as fit when None.
 
     A task is ready when its worker is free and its events have come; it has its inputs when the flagged data is there.
     Meanwhile the worker's loader runs ahead until its ring is full. A linear then takes its weights as fast as its body
@@ -55,7 +57,9 @@ def simulate(schedule: Schedule, machine: Machine) -> Timeline:
                 else:
                     polled = max(polled, when)
         kind = _kind(tg, task)
-        inputs = max(ready, polled) + (machine.prologue if kind == "linear" else 0.0)
+        inputs = max(ready, polled)
+        if kind == "linear":
+            inputs += machine.prologue + _input_time(tg, task, machine)
         if kind in ("attention", "attention_combine"):
             inputs += machine.query
         streamed = inputs
@@ -71,8 +75,9 @@ def simulate(schedule: Schedule, machine: Machine) -> Timeline:
             computed = streamed + machine.finish
         elif kind == "attention":
             streamed = inputs
-            early = min(task.bytes, machine.fetched)  # keys and values that come while the query is awaited
-            keys = max(inputs, ready + early / machine.gather) + (task.bytes - early) / machine.gather
+            size = task.bytes * _live_share(tg, task, live)
+            early = min(size, machine.fetched)  # keys and values that come while the query is awaited
+            keys = max(inputs, ready + early / machine.gather) + (size - early) / machine.gather
             computed = keys + machine.attend
         else:
             computed = inputs + machine.small
@@ -88,6 +93,25 @@ def simulate(schedule: Schedule, machine: Machine) -> Timeline:
 
 def _kind(tg: TaskGraph, task: Task) -> str:
     return "linear" if isinstance(tg.graph.nodes[task.node], Linear) else task.op
+
+
+def _input_time(tg: TaskGraph, task: Task, machine: Machine) -> float:
+    """Until a worker has x of several tokens: it fetches, and perhaps norms, all of it."""
+    node = tg.graph.nodes[task.node]
+    assert isinstance(node, Linear)
+    if node.t.size == 1:
+        return 0.0
+    size = node.t.size * node.k.size * node.x.dtype.itemsize
+    return size / (machine.normed if reductions(node.x) else machine.plain)
+
+
+def _live_share(tg: TaskGraph, task: Task, live: int | None) -> float:
+    """Of the keys that an attention task may have to read, those that are there when `live` are."""
+    node = tg.graph.nodes[task.node]
+    if live is None or not isinstance(node, Attention):
+        return 1.0
+    splits = task.tile[3]
+    return min(1.0, max(live / splits, MIN_KEYS) * splits / node.s.size)
 
 
 def _weight_bytes(tg: TaskGraph, task: Task) -> int:
