@@ -19,7 +19,8 @@ from mpk_dynamo.targets.machine import Machine
 
 UNIT = Machine(
     bandwidth=20.0, spread=0.0, ring=30.0, waiting=10.0, fma=40.0, mma=40.0, task=1.0, event=3.0, poll=2.0,
-    prologue=0.5, normed=4.0, plain=8.0, finish=0.25, signal=0.125, small=1.0, query=4.0, attend=5.0, gather=10.0, fetched=0.0,
+    prologue=0.5, normed=4.0, plain=8.0, finish=0.25, signal=0.125, small=1.0, query=4.0, attend=5.0, gather=10.0,
+    fetched=0.0,
 )  # fmt: skip
 """With two workers, each streams 10 bytes per second."""
 
