@@ -16,7 +16,8 @@ from ..ops.attention import partial_names
 from ..ops.row_map import shifts_in_place
 from ..ops.structure import Structure, structure_of
 from ..targets import Target
-from .bodies import Body, bodies
+from .bodies import bodies
+from .body import Body
 from .geometry import flight, linear_geometry, token_slot_bytes
 from .tables import References, build_tables, fixed_arguments
 

@@ -14,7 +14,7 @@ from ..ir.tasks import TaskGraph
 from ..ir.types import Buffer, BufferKind
 from ..ops.attention import partial_names
 from ..ops.linear import segments
-from .bodies import Body
+from .body import Body
 from .geometry import linear_geometry
 
 

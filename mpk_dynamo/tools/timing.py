@@ -43,9 +43,9 @@ def measure(decoder: Decoder, forward: Forward, repeats: int) -> StepTimes:
     """Time `forward` over the decoder's steps. The cache is rewound before each repeat, so it never fills."""
     with torch.no_grad():
         for _ in range(2):  # beyond the first calls, which record CUDA graphs
-            _run(decoder, forward)
-        spans = [_run(decoder, forward) for _ in range(repeats)]
-        queued = [_run(decoder, forward, ahead=True) for _ in range(3)]
+            run(decoder, forward)
+        spans = [run(decoder, forward) for _ in range(repeats)]
+        queued = [run(decoder, forward, ahead=True) for _ in range(3)]
         host = _host_us(decoder, forward)
         kernels, copies = _activities(decoder, forward)
     hidden = [ms for ms, ready in queued if ready]
@@ -60,7 +60,7 @@ def measure(decoder: Decoder, forward: Forward, repeats: int) -> StepTimes:
     )
 
 
-def _run(decoder: Decoder, forward: Forward, ahead: bool = False) -> tuple[float, bool]:
+def run(decoder: Decoder, forward: Forward, ahead: bool = False) -> tuple[float, bool]:
     """Mean ms per step of one pass. `ahead`: the device sleeps until the host has enqueued all steps; the second
     value says whether it really slept that long."""
     decoder.rewind()

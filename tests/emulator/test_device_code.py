@@ -14,6 +14,7 @@ from device_forms import REFUSED, SAMPLES
 from host_kernel import COMPILER, EmulatedDevice, artifact_for, compile_for_host
 
 from mpk_dynamo import codegen, pipeline
+from mpk_dynamo.codegen import geometry
 from mpk_dynamo.dump import Dump
 from mpk_dynamo.ir.graph import writes
 from mpk_dynamo.ir.program import Program
@@ -128,6 +129,14 @@ def test_one_token_at_real_widths(width: int, inner: int, dtype: torch.dtype, fo
 def test_several_tokens_at_real_widths(tokens: int, width: int, inner: int, dtype: torch.dtype, folder: Path) -> None:
     """Norms in the prologue and before it, whole rows and chunks of them, chunks and last tiles that are not full."""
     check_gated(tokens, width, inner, dtype, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(11, 200, 5200), (16, 4096, 200), (9, 3584, 72)])
+def test_larger_blocks_of_rows(tokens: int, width: int, inner: int, folder: Path) -> None:
+    """As where a Linear has thousands of rows: x comes in pieces, and sums of more tiles are kept."""
+    with mock.patch.object(geometry, "LONG_ROWS", 0):
+        check_gated(tokens, width, inner, torch.bfloat16, folder)
 
 
 def check_gated(tokens: int, width: int, inner: int, dtype: torch.dtype, folder: Path) -> None:
