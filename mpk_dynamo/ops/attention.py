@@ -297,7 +297,7 @@ class AttentionOperator:
 
     def samples(self) -> list[tuple[Node, Graph]]:
         """Group sizes 1 to 9; head sizes 16 to 256; cache lengths that divide by nothing; masks; live ranges;
-        with and without append; prologues on q and k; capped scores."""
+        with and without append; prologues on q and k; capped scores; keys that begin in the middle of their cache."""
         bf16, f16, f32 = DType.BF16, DType.F16, DType.F32
         return [
             _sample(bf16, 1, 2, 1, 37, 16), _sample(f16, 2, 1, 7, 45, 80, append=True),
@@ -310,7 +310,8 @@ class AttentionOperator:
             _sample(bf16, 2, 1, 9, 300, 256, append=True, mask="bool", live=True),
             _sample(f16, 1, 2, 3, 520, 96, append=True, mask="float", norm=True),
             _sample(f32, 1, 1, 3, 300, 72, append=True, live=True),
-            _sample(bf16, 1, 2, 4, 1100, 64, append=True, live=True),
+            _sample(bf16, 1, 2, 4, 1100, 64, append=True, live=True), _sample(bf16, 2, 1, 2, 9, 64, append=True),
+            _sample(f16, 1, 2, 3, 150, 64, append=True, mask="bool", live=True, turned=True),
         ]
 
     def at_position(
@@ -375,7 +376,7 @@ def divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 def _sample(
     dtype: DType, batch: int, groups: int, group: int, keys: int, depth: int,
     append: bool = False, mask: str = "", live: bool = False, norm: bool = False,
-    cap: bool = False,
+    cap: bool = False, turned: bool = False,
 ) -> tuple[Node, Graph]:
     s, heads = Sample(), groups * group
     b, h, g, k, d = var("b", batch), var("h", heads), var("g", groups), var("s", keys), var("d", depth)
@@ -412,8 +413,9 @@ def _sample(
         first = s.at(s.input("first", DType.I64, batch), b)
         last = s.at(s.input("last", DType.I64, batch), b)
     store = (b, index(0), op("add", op("mul", h, index(depth)), d))
+    row = op("mod", op("add", k, index(3)), index(keys)) if turned else k
     node = Attention(
-        "attention", b, h, g, k, d, query, k_old, (b, g, k, d), v_old, (b, k, g, d), depth**-0.5, out, store,
+        "attention", b, h, g, k, d, query, k_old, (b, g, row, d), v_old, (b, row, g, d), depth**-0.5, out, store,
         masks[mask], first, last, added, 0.7 if cap else None,
     )
     if not append:
