@@ -142,6 +142,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         dump_dir=arguments.dump,
         profile=arguments.profile,
+        live=arguments.prompt,
     )
     print(f"{arguments.model}: decode step, batch {arguments.batch}, cache of {cache} tokens")
     print(found)

@@ -72,6 +72,7 @@ def explain(
     workers: int = 0,
     dump_dir: str = "",
     profile: str = "",
+    live: int | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Capture, lower, verify and build `model(*args, **kwargs)` for `target`; the call itself runs eagerly, once,
@@ -79,7 +80,8 @@ def explain(
 
     `target`: a GPU ("h200") or an architecture ("sm_90a"); default the present GPU, else the reference executor,
     for which no kernel is built. `profile`: figures that the command `profile --json` wrote, to stand beside what is
-    predicted. Raises what compiling would, except Unsupported, which is part of the result.
+    predicted. `live`: keys in the caches, for the prediction; default: as many as fit. Raises what compiling would,
+    except Unsupported, which is part of the result.
     """
     from ..targets import detect, known, reference_target
 
@@ -107,7 +109,7 @@ def explain(
         schedule = lower(captured.graph, workers or chosen.sm_count, chosen, found.report, dump)
         found.masks = _masks(schedule.tasks)
         if chosen.is_gpu:
-            found.timing = predicted_rows(schedule, chosen, measured)
+            found.timing = predicted_rows(schedule, chosen, measured, live)
             program = emit(schedule, chosen, found.report, dump)
             with found.report.stage("nvrtc"):
                 build(program, chosen, settings, found.report)

@@ -32,11 +32,12 @@ def load_profile(path: str) -> dict[str, Any]:
     raise OptionError(f"{path}: {why}", remedy="give what `profile --json FILE` wrote on a GPU")
 
 
-def predicted_rows(schedule: "Schedule", target: "Target", measured: dict[str, Any] | None) -> Rows:
+def predicted_rows(schedule: "Schedule", target: "Target", measured: dict[str, Any] | None, live: int | None) -> Rows:
     """(name, text) of the step and of each kind of edge that a task waits for, the costliest first. An edge's cost is
-    the time from its last producer's end until a reader has its inputs."""
+    the time from its last producer's end until a reader has its inputs. live: keys that attentions find, as in
+    `simulate`."""
     machine = machine_of(target)
-    figures = Profile(simulate(schedule, machine), "", machine.bandwidth, "").figures()
+    figures = Profile(simulate(schedule, machine, live), "", machine.bandwidth, "").figures()
     step = f"{figures['makespan_us'] / 1e3:.3f} ms predicted"
     seen: dict[tuple[str, ...], float] = {}
     if measured:
