@@ -156,7 +156,6 @@ def test_the_next_key_becomes_visible(dtype):
 
 @pytest.mark.parametrize("operator, index", [(ArgmaxOperator(), 0), (ChoiceOperator(), 0), (ChoiceOperator(), 1)])
 def test_the_bodies_compile_without_spilling(operator, index):
-    pytest.importorskip("cuda.bindings")
     target, report = known("h200"), Report()
     _, graph = operator.samples()[index]
     made = pipeline.lower(graph, target.sm_count, target, report, Dump("", None, report))

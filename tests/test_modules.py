@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import mpk_dynamo
 from mpk_dynamo.tools.families import build
-
-transformers = pytest.importorskip("transformers")
 
 STRICT = {"fallback": "error"}
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -57,8 +57,8 @@ def generate(schedule: Schedule, target: Target, profiled: bool = False) -> Prog
     # Side by side, bodies for 16-bit types fit the register file, and 1 to 5 % of a step is saved; larger ones spill
     # unless each is a function.
     inline = narrow and (moves or not wide)
-    texts = [found[key] for key in used]
-    source = _source(kinds, texts, slot_bytes, target, len(references.bindings), profiled, inline, moves)
+    chosen = [found[key] for key in used]
+    source = _source(kinds, chosen, slot_bytes, target, len(references.bindings), profiled, inline, moves)
     op_of = {opcodes[key]: key[1] for key in used}
     return Program(
         schedule=schedule,

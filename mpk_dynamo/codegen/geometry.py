@@ -44,6 +44,8 @@ LONG_ROWS = 4096
 
 TILE_ROWS = 8
 TILE_TOKENS = 8
+"""Tokens whose sums the tensor-core body has together; it takes one or two times as many."""
+
 CONSUMER_WARPS = 8
 LANE_ROWS = 8
 """Rows of a slot that a warp takes, at most."""
@@ -106,7 +108,7 @@ def linear_geometry(node: Linear, buffers: Mapping[str, Buffer], most: int = SLO
         piece, rows = chunk * dtype.itemsize, TILE_ROWS
         while rows > 1 and rows * piece > MMA_SLOT_BYTES:
             rows //= 2
-        halves = 1 if node.t.size <= TILE_TOKENS else 2
+        halves = -(-node.t.size // TILE_TOKENS)
         several = chunk < k and sum(p.rows for p in node.parts) > LONG_ROWS
         room = LONG_SUM_BYTES if several and halves == 2 else SUM_BYTES
         tiles = room // (CONSUMER_WARPS * TILE_ROWS * TILE_TOKENS * 4 * halves * joint)

@@ -49,8 +49,6 @@ def assert_alike(name: str, ours: torch.Tensor, theirs: torch.Tensor, what: str,
     # results below the normal numbers may be flushed or rounded otherwise
     slack = SLACK[theirs.dtype] * b.abs() + CANCELS.get(name, 0.0) + 2 * torch.finfo(theirs.dtype).smallest_normal
     wrong |= finite & ~((a - b).abs() <= slack)
-    if name in OVERFLOWS:
-        wrong &= finite | ~(a.isnan() | (a.abs() >= torch.finfo(theirs.dtype).max))
     if signs and name not in ZERO_SIGN_OPEN:
         wrong |= (a == 0) & (b == 0) & (a.signbit() != b.signbit())
     assert not wrong.any(), f"{what}: {a[wrong][:5].tolist()} for {b[wrong][:5].tolist()}"
@@ -76,14 +74,21 @@ ZERO_SIGN_OPEN = frozenset(
 )
 # torch's vectorised code for the CPU multiplies and adds in one step, which overflows later
 FUSED = frozenset("add sub rsub".split())
-# torch's vectorised code of some CPUs doubles the greatest value before it halves it
+# torch's vectorised code of some CPUs doubles the greatest value before it halves it, its plain code does not
 OVERFLOWS = frozenset(["gelu"])
 # a denormal divisor: torch flushes it or not, by the way it takes
 FLOORED = frozenset("div.rounding floor_divide remainder".split())
 
 
+def plain(function: Callable[..., Any], x: torch.Tensor) -> Any:
+    """The function's results of a vector, each element by itself, where torch takes no vectorised code."""
+    results = [function(v) for v in x.split(1)]
+    return torch.cat(results) if isinstance(results[0], torch.Tensor) else tuple(map(torch.cat, zip(*results)))
+
+
 def check(name: str, function: Callable[..., Any], *args: torch.Tensor) -> None:
     ours, theirs, *_ = run(lambda *xs: function(*xs), *args)
+    theirs = plain(function, *args) if name in OVERFLOWS else theirs
     flat = (ours, theirs) if isinstance(ours, (tuple, list)) else ((ours,), (theirs,))
     for k, (a, b) in enumerate(zip(*flat, strict=True)):
         if isinstance(b, torch.Tensor):

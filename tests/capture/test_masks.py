@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from capturing import capture
 
 import mpk_dynamo
 from mpk_dynamo.ir.graph import Attention, Graph
 from mpk_dynamo.ir.printer import print_graph
 from mpk_dynamo.passes.graph import PASSES
-
-transformers = pytest.importorskip("transformers")
-
-from mpk_dynamo.tools.families import WINDOW, build  # noqa: E402
+from mpk_dynamo.tools.families import WINDOW, build
 
 BATCH, PROMPT, CAPACITY = 2, 6, 24
 IMPLEMENTATIONS = ["sdpa", "eager"]

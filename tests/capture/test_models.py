@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from mpk_dynamo.ir.graph import is_callers
-
-transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

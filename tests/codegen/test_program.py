@@ -90,7 +90,7 @@ def test_nothing_spills_at_real_sizes(name: str) -> None:
     assert (resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0), resources
 
 
-@pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm")
+@pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm here: Triton or the CUDA toolkit brings it")
 def test_instructions_of_bodies() -> None:
     """Tensor cores for several tokens and not for one, whole vectors of weights, bulk copies in no body."""
     kinds = {}

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from mpk_dynamo.targets import known
 from mpk_dynamo.tools import coverage
 from mpk_dynamo.tools.coverage import Coverage, ProgramCoverage, measure, table

@@ -8,13 +8,12 @@ from typing import Any
 import interpreter
 import pytest
 import torch
+import transformers
 
 from mpk_dynamo.capture import capture
 from mpk_dynamo.ir.graph import Attention, Graph, Linear
 from mpk_dynamo.passes.graph import PASSES
 from mpk_dynamo.verify import verify_graph
-
-transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

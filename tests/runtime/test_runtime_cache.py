@@ -178,18 +178,13 @@ print(a.key, len(a.cubin))
 """
 
 
-@pytest.fixture
-def toolchain():
-    return pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
-
-
 def _build(folder, program=None, target="sm_90a", **options):
     from mpk_dynamo.runtime.build import build
 
     return build(program or toy_program.program(), known(target), cache_dir=folder, **options)
 
 
-def test_build_hits_and_survives_damage(toolchain, tmp_path):
+def test_build_hits_and_survives_damage(tmp_path):
     cold = _build(tmp_path / "c")
     warm = _build(tmp_path / "c")
     assert not cold.from_cache and warm.from_cache
@@ -202,7 +197,7 @@ def test_build_hits_and_survives_damage(toolchain, tmp_path):
     assert _build(tmp_path / "c").from_cache  # the damaged entry was replaced
 
 
-def test_build_recompiles_when_an_input_changes(toolchain, tmp_path):
+def test_build_recompiles_when_an_input_changes(tmp_path):
     program = toy_program.program()
     first = _build(tmp_path / "c", program)
     for other, target, options in (
@@ -215,7 +210,7 @@ def test_build_recompiles_when_an_input_changes(toolchain, tmp_path):
     assert _build(tmp_path / "c", dataclasses.replace(program, threads=32)).from_cache  # not part of the cubin
 
 
-def test_build_recompiles_when_a_header_changes(toolchain, tmp_path, monkeypatch):
+def test_build_recompiles_when_a_header_changes(tmp_path, monkeypatch):
     folder = tmp_path / "include"
     (folder / "mpk" / "tasks").mkdir(parents=True)
     (folder / "mpk/tasks/one.cuh").write_text('#include "../two.cuh"\n')
@@ -231,7 +226,7 @@ def test_build_recompiles_when_a_header_changes(toolchain, tmp_path, monkeypatch
     assert not _build(tmp_path / "c", program).from_cache
 
 
-def test_an_entry_of_another_version_is_replaced(toolchain, tmp_path):
+def test_an_entry_of_another_version_is_replaced(tmp_path):
     first = _build(tmp_path / "c")
     store = Cache(tmp_path / "c")
     cubin, description = store.get(first.key)
@@ -239,7 +234,7 @@ def test_an_entry_of_another_version_is_replaced(toolchain, tmp_path):
     assert not _build(tmp_path / "c").from_cache
 
 
-def test_two_processes_share_a_folder(toolchain, tmp_path):
+def test_two_processes_share_a_folder(tmp_path):
     path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     command = [sys.executable, "-c", WRITER.format(path=path), str(tmp_path / "c")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -333,7 +328,7 @@ print(a.key, a.from_cache)
 """
 
 
-def test_torch_saves_and_loads_kernels(toolchain, tmp_path, monkeypatch):
+def test_torch_saves_and_loads_kernels(tmp_path, monkeypatch):
     from torch.compiler._cache import CacheArtifactManager
 
     from mpk_dynamo.runtime import artifacts
@@ -351,7 +346,7 @@ def test_torch_saves_and_loads_kernels(toolchain, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_artifacts_of_torch_carry_kernels_to_another_process(toolchain, tmp_path):
+def test_artifacts_of_torch_carry_kernels_to_another_process(tmp_path):
     path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
     def process(folder, what):
@@ -365,7 +360,7 @@ def test_artifacts_of_torch_carry_kernels_to_another_process(toolchain, tmp_path
     assert process("third", "load") == [f"['{key}']", f"{key} True", ""]
 
 
-def test_a_damaged_artifact_is_compiled_anew(toolchain, tmp_path, monkeypatch):
+def test_a_damaged_artifact_is_compiled_anew(tmp_path, monkeypatch):
     from mpk_dynamo.runtime import artifacts
 
     key = _build(tmp_path / "a").key

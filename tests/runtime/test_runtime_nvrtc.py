@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import toy_program
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
-
 from mpk_dynamo import abi
 from mpk_dynamo.errors import CompileError
 from mpk_dynamo.runtime import nvrtc

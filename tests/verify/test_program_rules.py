@@ -9,17 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
-from mpk_dynamo import abi, targets  # noqa: E402
-from mpk_dynamo.codegen import generate  # noqa: E402
-from mpk_dynamo.errors import Unsupported, VerificationError  # noqa: E402
-from mpk_dynamo.ir.program import Program  # noqa: E402
-from mpk_dynamo.ops import OPERATORS  # noqa: E402
-from mpk_dynamo.passes.schedule import schedule  # noqa: E402
-from mpk_dynamo.passes.tasks import derive_events, tile  # noqa: E402
-from mpk_dynamo.passes.tasks.choose_flagged import flaggable  # noqa: E402
-from mpk_dynamo.verify import verify_program  # noqa: E402
+from mpk_dynamo import abi, targets
+from mpk_dynamo.codegen import generate
+from mpk_dynamo.errors import Unsupported, VerificationError
+from mpk_dynamo.ir.program import Program
+from mpk_dynamo.ops import OPERATORS
+from mpk_dynamo.passes.schedule import schedule
+from mpk_dynamo.passes.tasks import derive_events, tile
+from mpk_dynamo.passes.tasks.choose_flagged import flaggable
+from mpk_dynamo.verify import verify_program
 
 TARGET = targets.known("h100")
 
